@@ -1,0 +1,128 @@
+"""Checkpoints that a kill, a full disk or a broken file cannot take away."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+
+
+def write_whole(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole.
+
+    Raises:
+        OSError: if it cannot be written; the old one then stands.
+    """
+    beside = path.with_name(path.name + ".partial")
+    try:
+        with beside.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            beside.unlink()
+        # torch.save reports a failed write as a RuntimeError of its zip writer.
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every file system lets a folder be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, its checksums verified, tensors and plain values only.
+
+    Raises:
+        UserError: if the file is missing or damaged; it is named.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        # torch.load does not look at the checksums that torch.save wrote.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged (at {damaged})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} is damaged or not a checkpoint ({error})") from error
+
+
+class Checkpoints:
+    """`<last>` and, in case that one breaks, `<previous>`, the one before it.
+
+    Args:
+        folder: where they lie.
+        last, previous: their file names.
+    """
+
+    def __init__(self, folder: Path, last: str = "last.pt", previous: str = "previous.pt") -> None:
+        self.last = folder / last
+        self.previous = folder / previous
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep the last one as the previous one and write a new last one.
+
+        The older previous one is let go first, so that two take up the disk and never three.
+
+        Raises:
+            OSError: if the new one cannot be written; the last one then stands.
+        """
+        self._keep_last()
+        write_whole(self.last, state)
+
+    def _keep_last(self) -> None:
+        if not self.last.exists():
+            return
+        beside = self.previous.with_name(self.previous.name + ".partial")
+        with suppress(FileNotFoundError):
+            beside.unlink()
+        try:
+            # A second name for the same file: at no moment is there no last one.
+            os.link(self.last, beside)
+        except OSError:
+            self.last.replace(self.previous)  # no hard links on this file system
+        else:
+            beside.replace(self.previous)
+
+    def load(self) -> dict[str, Any] | None:
+        """The last one; where it is damaged, the previous one, saying so; None where none is.
+
+        Raises:
+            UserError: if there are checkpoints and none can be read.
+        """
+        problems = []
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = read_checkpoint(path)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                print(f"warning: {problem}; continuing from {path}")
+            return state
+        if problems:
+            raise UserError(
+                f"{'; '.join(problems)}: nothing to continue from; restore a checkpoint, or start "
+                "anew with --fresh (nothing is deleted)"
+            )
+        return None

@@ -1,0 +1,160 @@
+"""One process, or several under torchrun: the same code for both.
+
+Start a script with `torchrun --nproc-per-node 2 run.py` (NCCL on GPUs, gloo on CPUs) and every
+function here speaks for the group; without torchrun each is a plain local operation.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the group, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> slice:
+        """The rows of a global batch that belong to this rank.
+
+        Raises:
+            UserError: if the batch does not divide evenly.
+        """
+        if batch_size % self.world_size:
+            raise UserError(
+                f"a global batch of {batch_size} does not divide among {self.world_size} "
+                f"processes; make --batch-size a multiple of {self.world_size}"
+            )
+        local = batch_size // self.world_size
+        return slice(self.rank * local, (self.rank + 1) * local)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on this device; under several processes, in DDP (SyncBatchNorm on CUDA)."""
+        module = module.to(self.device)
+        if self.world_size == 1:
+            return module
+        if self.device.type == "cuda":
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        # Running averages need no agreement while training; see broadcast_buffers.
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's BatchNorm averages, for evaluation and checkpoints."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks wait for each other."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """Rows rank, rank + world_size, … of a set of `count`, from every rank, joined in order."""
+        if self.world_size == 1:
+            return rows
+        longest = -(-count // self.world_size)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+    def wait(self) -> None:
+        """Wait until every rank has come this far."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(device: str) -> Ranks:
+    """Pick the device and, under torchrun, join the group.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else CPU) or a torch device such as "cpu" or "cuda:1".
+
+    Raises:
+        UserError: if the device is not there.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "WORLD_SIZE" not in os.environ or world_size == 1:
+        return Ranks(0, 1, chosen)
+    if chosen.type == "mps":
+        raise UserError("MPS trains in one process only; start without torchrun, or --device cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), world_size, chosen)
+
+
+def finish() -> None:
+    """Leave the group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _pick_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            f"--device {name}: not a device; try auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs; "
+                "try --device auto"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available on this machine; try --device auto")
+    return device
+
+
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, DDP's forward and backward passes leave gradients unreduced."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, out of its DDP wrapper."""
+    return module.module if isinstance(module, DistributedDataParallel) else module

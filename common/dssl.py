@@ -1,0 +1,85 @@
+"""The directional loss L = L_S(v, v') + L_A(v̂ → v) + L_A(v̂' → v'), section 3 of the paper.
+
+A base method brings a network and a pair loss; the regime decides which views meet, and in which
+direction. The terms are handed out in parts, each to go backward before the next forward pass:
+targets carry no gradient, so the gradients are those of the whole sum, while the activations of
+two views are alive at a time instead of four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from common.collapse import spread
+from common.distributed import no_sync
+from common.views import Regime, Views
+
+
+class Part(NamedTuple):
+    """Terms of the loss that can go backward together.
+
+    `loss` is their weighted sum; `log` holds each term unweighted and detached, to be summed by
+    name over the parts of a step: L = symmetric + (1 − s) · asymmetric + s · reverse.
+    """
+
+    loss: Tensor
+    log: dict[str, Tensor]
+
+
+def loss_parts(
+    model: nn.Module,
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]],
+    views: Views,
+    regime: Regime,
+    pull: Callable[[Tensor, Tensor], Tensor],
+    reverse_weight: float = 0.0,
+) -> Iterator[Part]:
+    """Yield the parts of a step's loss; call `part.loss.backward()` before asking for the next.
+
+    Args:
+        model: what `forward` calls; under DDP its gradients are reduced with the last part only.
+        forward: a view `[B, 3, H, W]` to prediction p and projection z, each float32 `[B, d]`.
+        views: from a `ViewMaker` of the same regime.
+        regime: baseline joins the standard views, joint the heavy ones, symmetrically; dssl adds
+            to the baseline each heavy view's pull towards its source.
+        pull: the pair loss that moves the prediction in its first argument towards the target in
+            its second; no gradient reaches the target.
+        reverse_weight: s, 0..1: the share of each asymmetric term that pulls the standard view
+            towards its heavy one instead.
+    """
+    if regime != "dssl":
+        first, second = views[2:] if regime == "joint" else views[:2]
+        with no_sync(model):
+            p_1, z_1 = forward(first)
+        p_2, z_2 = forward(second)
+        symmetric = pull(p_1, z_2) + pull(p_2, z_1)
+        yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
+        return
+
+    s = reverse_weight
+    with no_sync(model):
+        p_1, z_1 = forward(views.standard_1)
+        p_heavy, z_heavy = forward(views.heavy_1)
+        asymmetric = pull(p_heavy, z_1)
+        log = {"asymmetric": asymmetric.detach(), "spread": spread(z_1)}
+        yield Part((1 - s) * asymmetric, log)
+
+        p_2, z_2 = forward(views.standard_2)
+        symmetric = pull(p_1, z_2)
+        loss, log = symmetric, {"symmetric": symmetric.detach()}
+        if s > 0:
+            reverse = pull(p_1, z_heavy)
+            loss, log["reverse"] = loss + s * reverse, reverse.detach()
+        yield Part(loss, log)
+
+    p_heavy, z_heavy = forward(views.heavy_2)
+    symmetric, asymmetric = pull(p_2, z_1), pull(p_heavy, z_2)
+    loss = symmetric + (1 - s) * asymmetric
+    log = {"symmetric": symmetric.detach(), "asymmetric": asymmetric.detach()}
+    if s > 0:
+        reverse = pull(p_2, z_heavy)
+        loss, log["reverse"] = loss + s * reverse, reverse.detach()
+    yield Part(loss, log)

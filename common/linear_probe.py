@@ -1,0 +1,132 @@
+"""Linear evaluation: a linear classifier trained on a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.checkpoint import Checkpoints
+from common.datasets import ImageSet
+from common.distributed import Ranks, unwrap
+from common.features import extract_features
+from common.image_ops import Augmentation, Draws
+from common.meter import Meter
+from common.seeding import epoch_order, generator_for
+from common.stop import StopFlag, StopRequested
+
+
+@dataclass(frozen=True)
+class LinearProtocol:
+    """How the classifier is trained; weights start from N(0, 0.01), the bias from 0.
+
+    Plain SGD with momentum; the learning rate falls to a tenth from each milestone on.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    milestones: tuple[float, ...]  # as shares of the epochs
+
+
+def linear_accuracy(
+    backbone: nn.Module,
+    feature_dim: int,
+    train: ImageSet,
+    test: ImageSet,
+    augmentation: Augmentation,
+    encode_train: Callable[[Tensor], Tensor],
+    encode_test: Callable[[Tensor], Tensor],
+    protocol: LinearProtocol,
+    seed: int,
+    checkpoints: Checkpoints,
+    stamp: int,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> float:
+    """Train a classifier on the frozen backbone; top-1 accuracy in percent over the whole test set.
+
+    Continues from its own checkpoints, written after each epoch.
+
+    Args:
+        backbone: put in eval mode meanwhile; no gradient reaches it.
+        feature_dim: d of its features.
+        augmentation: of training images.
+        encode_train, encode_test: uint8 images on the device to features `[B, d]`.
+        stamp: identifies the backbone; a checkpoint with another stamp is not continued.
+
+    Raises:
+        StopRequested: after a checkpoint, when a signal came.
+    """
+    batch_size = min(protocol.batch_size, len(train))
+    batch_size -= batch_size % ranks.world_size
+    rows = ranks.share(batch_size)
+    classifier = nn.Linear(feature_dim, len(train.class_names))
+    nn.init.normal_(classifier.weight, std=0.01, generator=generator_for("classifier", seed))
+    nn.init.zeros_(classifier.bias)
+    model = ranks.wrap(classifier)
+    optimiser = torch.optim.SGD(model.parameters(), lr=protocol.lr, momentum=protocol.momentum)
+    state = checkpoints.load()
+    first = 0
+    if state is not None and state["stamp"] == stamp and state["epochs"] == protocol.epochs:
+        classifier.load_state_dict(state["classifier"])
+        optimiser.load_state_dict(state["optimiser"])
+        first = state["epoch"]
+
+    was_training = backbone.training
+    backbone.eval()
+    size = (train.images.shape[2], train.images.shape[3])
+    labels = train.labels.to(ranks.device)
+    epochs = range(first, protocol.epochs)
+    for epoch in tqdm(epochs, "linear", unit="epoch", disable=not ranks.is_main):
+        passed = sum(epoch >= share * protocol.epochs for share in protocol.milestones)
+        optimiser.param_groups[0]["lr"] = protocol.lr * 0.1**passed
+        order = epoch_order(len(train), seed, epoch)
+        meter = Meter(ranks, {}, 0)
+        for step, batch in enumerate(order.split(batch_size)):
+            if len(batch) < batch_size:
+                # The last, smaller batch: as many as divide among the ranks.
+                batch = batch[: len(batch) - len(batch) % ranks.world_size]
+                if not len(batch):
+                    break
+            rows = ranks.share(len(batch))
+            generator = generator_for("linear", seed, epoch, step)
+            draws = augmentation.draw(len(batch), size, generator)[rows]
+            index = batch[rows].to(ranks.device)
+            with torch.no_grad():
+                views = augmentation.apply(train.images[index], Draws.of(draws, ranks.device))
+                features = encode_train(views).float()
+            loss = F.cross_entropy(model(features), labels[index])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            meter.add({"linear loss": loss.detach()})
+            meter.end_step({"stop": stop.requested})
+            if meter.take_request("stop"):
+                raise StopRequested(stop.exit_status)
+        meter.flush()
+        if ranks.is_main:
+            state = {
+                "classifier": unwrap(model).state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "epoch": epoch + 1,
+                "epochs": protocol.epochs,
+                "stamp": stamp,
+            }
+            try:
+                checkpoints.save(state)
+            except OSError as error:
+                tqdm.write(f"warning: {checkpoints.last} cannot be written ({error})")
+
+    features = extract_features(backbone, test.images, encode_test, ranks, stop.check)
+    backbone.train(was_training)
+    with torch.no_grad():
+        predictions = classifier(features).argmax(dim=1)
+    truth = test.labels[ranks.rank :: ranks.world_size].to(ranks.device)
+    correct = ranks.sum((predictions == truth).sum())
+    return 100 * correct.item() / len(test)

@@ -1,0 +1,325 @@
+"""RandAugment(N, M) with the paper's sixteen operations (section 4 of the paper), batched.
+
+Images are uint8 `[B, 3, H, W]` tensors on any device, and Pillow's 8-bit results define every
+operation: on the CPU these functions equal Pillow to the bit. They use integers, or single float32
+operations in Pillow's own order, so that other devices have no room to round differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from common.image_ops import (
+    Augmentation,
+    Draws,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    apply_in_groups,
+    blend,
+)
+
+CUTOUT_COLOUR = (125, 123, 114)
+
+
+def _look_up(images: Tensor, table: Tensor) -> Tensor:
+    """Map each channel of each image by its own table, uint8 `[B, 3, 256]`."""
+    return table.gather(2, images.flatten(2).long()).view_as(images)
+
+
+@lru_cache(maxsize=4)
+def _stretch_tables(device: torch.device) -> Tensor:
+    """Tables that stretch low..high to 0..255, uint8 `[256, 256, 256]` by (low, high, value).
+
+    Made on the CPU in float64, since Pillow's own rounding errors decide where a table steps and
+    not every device has float64. 16 MiB, kept.
+    """
+    value = torch.arange(256, dtype=torch.float64)
+    low, high = value[:, None, None], value[None, :, None]
+    # Tensor by tensor: torch turns number / tensor into a product with the reciprocal.
+    scale = torch.full_like(high - low, 255.0) / (high - low)
+    table = value * scale
+    table += -low * scale
+    table = table.nan_to_num_().clamp_(0, 255).to(torch.uint8)
+    return torch.where(high > low, table, value.to(torch.uint8)).to(device)
+
+
+def auto_contrast(images: Tensor, value: float = 0.0) -> Tensor:
+    """Stretch each channel to 0..255; `value` has no effect."""
+    channels = images.flatten(2)
+    low, high = channels.amin(2).long(), channels.amax(2).long()
+    return _look_up(images, _stretch_tables(images.device)[low, high])
+
+
+def equalize(images: Tensor, value: float = 0.0) -> Tensor:
+    """Flatten each channel's histogram; `value` has no effect."""
+    pixels = images.flatten(2).long()
+    batch, channels, count = pixels.shape
+    histogram = torch.zeros(batch, channels, 256, dtype=torch.int64, device=images.device)
+    ones = torch.ones(1, dtype=torch.int64, device=images.device).expand_as(pixels)
+    histogram.scatter_add_(2, pixels, ones)
+    brightest = histogram.gather(2, pixels.amax(2, keepdim=True))
+    step = torch.div(count - brightest, 255, rounding_mode="floor")
+    below = histogram.cumsum(2) - histogram
+    table = torch.div(
+        below + torch.div(step, 2, rounding_mode="floor"), step.clamp(min=1), rounding_mode="floor"
+    )
+    table = torch.where(step > 0, table.clamp_(max=255), torch.arange(256, device=images.device))
+    return table.to(torch.uint8).gather(2, pixels).view_as(images)
+
+
+def invert(images: Tensor, value: float = 0.0) -> Tensor:
+    """255 − pixel; `value` has no effect."""
+    return images.bitwise_not()
+
+
+def posterize(images: Tensor, value: float) -> Tensor:
+    """Keep the max(1, int(value)) highest bits of each pixel."""
+    dropped = 8 - max(1, int(value))
+    return images & (255 >> dropped << dropped)
+
+
+def solarize(images: Tensor, value: float) -> Tensor:
+    """Invert the pixels at or above `value` (0..256)."""
+    # A pixel is inverted by an exclusive or with 255, so one mask of 0 and 255 says it all.
+    return (images >= value).to(torch.uint8).mul_(255).bitwise_xor_(images)
+
+
+def solarize_add(images: Tensor, value: float) -> Tensor:
+    """Add int(value), clip to 0..255, then invert the pixels at or above 128."""
+    brighter = images.to(torch.int16).add_(int(value)).clamp_(0, 255).to(torch.uint8)
+    return solarize(brighter, 128)
+
+
+def sharpness(images: Tensor, value: float) -> Tensor:
+    """Away from the smoothed image by factor `value`; the outermost pixels stay as they are."""
+    pixels = images.to(torch.int32)
+    height, width = images.shape[2:]
+    if min(height, width) < 3:
+        return images.clone()
+    columns = pixels[..., :-2] + pixels[..., 1:-1] + pixels[..., 2:]
+    total = columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]
+    total += 4 * pixels[..., 1:-1, 1:-1]
+    # Pillow's floor(total/13 + 0.5), in integers
+    smooth = torch.div(2 * total + 13, 26, rounding_mode="floor")
+    sharpened = images.clone()
+    inside = slice(1, -1)
+    sharpened[..., inside, inside] = blend(smooth, images[..., inside, inside], value)
+    return sharpened
+
+
+def _fixed(number: float) -> int:
+    """Pillow's 16.16 fixed point."""
+    return math.floor(number * 65536.0 + 0.5)
+
+
+@lru_cache(maxsize=256)
+def _affine_source(
+    matrix: tuple[float, float, float, float, float, float],
+    height: int,
+    width: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Where each output pixel comes from under Pillow's nearest-neighbour affine transform.
+
+    Returns:
+        The source pixel's index in the flattened image, int64 `[H·W]`, 0 where it lies outside;
+        and uint8 `[H·W]`, 1 where it lies inside.
+    """
+    a, b, c, d, e, f = matrix
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    source_x = (_fixed(c + a * 0.5 + b * 0.5) + _fixed(a) * x + _fixed(b) * y) >> 16
+    source_y = (_fixed(f + d * 0.5 + e * 0.5) + _fixed(d) * x + _fixed(e) * y) >> 16
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    index = torch.where(inside, source_y * width + source_x, 0)
+    return index.flatten().to(device), inside.flatten().to(torch.uint8).to(device)
+
+
+def _affine(images: Tensor, matrix: tuple[float, float, float, float, float, float]) -> Tensor:
+    index, inside = _affine_source(matrix, images.shape[2], images.shape[3], images.device)
+    pixels = images.flatten(2)
+    return pixels.gather(2, index.expand_as(pixels)).mul_(inside).view_as(images)
+
+
+def rotate(images: Tensor, value: float) -> Tensor:
+    """Rotate counter-clockwise by `value` degrees about the centre; black fill, size kept."""
+    height, width = images.shape[2:]
+    angle = value % 360.0
+    if angle == 0:
+        return images.clone()
+    if angle == 180:
+        return images.flip((2, 3))
+    if angle in (90, 270) and height == width:
+        return images.rot90(1 if angle == 90 else 3, (2, 3))
+    radians = -math.radians(angle)
+    cosine, sine = round(math.cos(radians), 15), round(math.sin(radians), 15)
+    minus_sine = round(-math.sin(radians), 15)
+    x, y = width / 2, height / 2
+    # Pillow's order: the centre taken to the origin, then brought back.
+    c = (cosine * -x + sine * -y + 0.0) + x
+    f = (minus_sine * -x + cosine * -y + 0.0) + y
+    return _affine(images, (cosine, sine, c, minus_sine, cosine, f))
+
+
+def shear_x(images: Tensor, value: float) -> Tensor:
+    """Shift row y by `value` · y pixels; black fill."""
+    if value == 0:
+        return images.clone()
+    return _affine(images, (1.0, value, 0.0, 0.0, 1.0, 0.0))
+
+
+def shear_y(images: Tensor, value: float) -> Tensor:
+    """Shift column x by `value` · x pixels; black fill."""
+    if value == 0:
+        return images.clone()
+    return _affine(images, (1.0, 0.0, 0.0, value, 1.0, 0.0))
+
+
+def _translate(images: Tensor, value: float, dimension: int) -> Tensor:
+    length = images.shape[dimension]
+    # Pillow samples at x + value + 0.5, so the content moves against the sign of the value.
+    shift = max(-length, min(length, math.floor(value + 0.5)))
+    translated = torch.zeros_like(images)
+    kept = length - abs(shift)
+    target = translated.narrow(dimension, max(0, -shift), kept)
+    target.copy_(images.narrow(dimension, max(0, shift), kept))
+    return translated
+
+
+def translate_x(images: Tensor, value: float) -> Tensor:
+    """Move the content `value` pixels to the left; black fill."""
+    return _translate(images, value, 3)
+
+
+def translate_y(images: Tensor, value: float) -> Tensor:
+    """Move the content `value` pixels up; black fill."""
+    return _translate(images, value, 2)
+
+
+def cutout(images: Tensor, value: float, centre: Tensor) -> Tensor:
+    """Fill a square of `value` pixels with grey-brown (125, 123, 114).
+
+    At the left and top border the square shifts and keeps its size; at the others it is cut.
+
+    Args:
+        centre: float `[B, 2]`, (x, y) of the square's centre, in pixels.
+    """
+    height, width = images.shape[2:]
+    # Pillow's own precision; MPS has no float64, where a box may come out one pixel off.
+    centre = centre.to(torch.float32 if centre.device.type == "mps" else torch.float64)
+    start = (centre - value / 2).clamp(min=0).floor()
+    limits = torch.tensor([width, height], device=centre.device)
+    stop = torch.minimum(start + value, limits).floor()  # the rectangle includes its far edge
+    x = torch.arange(width, device=images.device)
+    y = torch.arange(height, device=images.device)
+    columns = (x >= start[:, :1]) & (x <= stop[:, :1])
+    rows = (y >= start[:, 1:]) & (y <= stop[:, 1:])
+    box = rows[:, None, :, None] & columns[:, None, None, :]
+    colour = torch.tensor(CUTOUT_COLOUR, dtype=torch.uint8, device=images.device)
+    return torch.where(box, colour[:, None, None], images)
+
+
+# The paper's names, in the order of its table; each maps uint8 images `[B, 3, H, W]` and the
+# signed strength itself (degrees, pixels, a factor: not M). Cutout also takes its centres.
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "AutoContrast": auto_contrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "Rotate": rotate,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "SolarizeAdd": solarize_add,
+    "Color": adjust_saturation,
+    "Contrast": adjust_contrast,
+    "Brightness": adjust_brightness,
+    "Sharpness": sharpness,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "Cutout": cutout,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+}
+
+# Strength at M = 0 and at M = 30, and whether its sign is drawn.
+STRENGTHS: dict[str, tuple[float, float, bool]] = {
+    "AutoContrast": (0, 0, False),
+    "Equalize": (0, 0, False),
+    "Invert": (0, 0, False),
+    "Rotate": (0, 30, True),
+    "Posterize": (0, 4, False),
+    "Solarize": (0, 256, False),
+    "SolarizeAdd": (0, 110, False),
+    "Color": (0.1, 1.9, False),
+    "Contrast": (0.1, 1.9, False),
+    "Brightness": (0.1, 1.9, False),
+    "Sharpness": (0.1, 1.9, False),
+    "ShearX": (0, 0.3, True),
+    "ShearY": (0, 0.3, True),
+    "Cutout": (0, 40, False),
+    "TranslateX": (0, 100, True),
+    "TranslateY": (0, 100, True),
+}
+
+
+class RandAugment(Augmentation):
+    """For each image, N operations drawn uniformly with replacement, at magnitude M.
+
+    `RandAugment(2, 9)(images, generator)` maps uint8 `[B, 3, H, W]` to the same; `generator` is a
+    CPU generator, whichever device the images are on.
+
+    Args:
+        num_ops: N, at least 1.
+        magnitude: M, 0..30; the strength is low + M/30 · (high − low).
+
+    Raises:
+        ValueError: for N below 1 or M outside 0..30.
+    """
+
+    def __init__(self, num_ops: int, magnitude: int) -> None:
+        if num_ops < 1:
+            raise ValueError(f"RandAugment needs at least 1 operation, not {num_ops}")
+        if not 0 <= magnitude <= 30:
+            raise ValueError(f"RandAugment's magnitude M lies in 0..30, not {magnitude}")
+        self.num_ops = num_ops
+        self.values = [low + magnitude / 30 * (high - low) for low, high, _ in STRENGTHS.values()]
+        # For each operation: its index, sign, and Cutout's centre x, y in pixels.
+        self.columns = 4 * num_ops
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        height, width = size
+        shape = (batch, self.num_ops, 1)
+        operation = torch.randint(len(OPERATIONS), shape, generator=generator)
+        sign = 1 - 2 * torch.randint(2, shape, generator=generator)
+        centre = torch.rand(batch, self.num_ops, 2, generator=generator)
+        centre *= torch.tensor([width, height])
+        return torch.cat([operation, sign, centre], dim=2).flatten(1)
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        for k in range(self.num_ops):
+            host = draws.host[:, 4 * k : 4 * k + 2].to(torch.int64)
+            centre = draws.device[:, 4 * k + 2 : 4 * k + 4]
+            # One group for each operation and sign: all its images share one strength.
+            group = 2 * host[:, 0] + (host[:, 1] < 0)
+            images = apply_in_groups(images, group, self._functions(centre))
+        return images
+
+    def _functions(self, centre: Tensor) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        functions = []
+        for name, value in zip(OPERATIONS, self.values, strict=True):
+            for sign in (1, -1):
+                signed = sign * value if STRENGTHS[name][2] else value
+                functions.append(partial(_run, OPERATIONS[name], signed, centre))
+        return functions
+
+
+def _run(
+    operation: Callable[..., Tensor], value: float, centre: Tensor, images: Tensor, rows: Tensor
+) -> Tensor:
+    if operation is cutout:
+        return cutout(images, value, centre[rows])
+    return operation(images, value)

@@ -1,0 +1,57 @@
+"""ResNets for 32-px images: a 3 × 3 stem of stride 1, no max-pooling, no classifier."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+Depth = Literal["resnet18", "resnet34", "resnet50"]
+
+ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class CifarResNet(nn.Module):
+    """Images `[B, 3, H, W]` to features `[B, feature_dim]` (512 for resnet18 at width 64).
+
+    Parameters are named as in torchvision's ResNet and start from PyTorch's defaults, as in the
+    authors' script.
+
+    Args:
+        architecture: "resnet18", "resnet34" or "resnet50".
+        width: channels of the first stage; the stages have 1, 2, 4 and 8 times as many.
+    """
+
+    def __init__(self, architecture: Depth = "resnet18", width: int = 64) -> None:
+        super().__init__()
+        block, depths = ARCHITECTURES[architecture]
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        channels = width
+        for stage, depth in enumerate(depths):
+            planes = width * 2**stage
+            blocks = []
+            for index in range(depth):
+                stride = 2 if index == 0 and stage > 0 else 1
+                downsample = None
+                if stride != 1 or channels != planes * block.expansion:
+                    downsample = nn.Sequential(
+                        nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
+                        nn.BatchNorm2d(planes * block.expansion),
+                    )
+                blocks.append(block(channels, planes, stride, downsample, base_width=64))
+                channels = planes * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.feature_dim = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.relu(self.bn1(self.conv1(images)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            features = stage(features)
+        return features.mean(dim=(2, 3))

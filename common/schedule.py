@@ -1,0 +1,22 @@
+"""Learning rates, constant within an epoch."""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_cosine(epoch: int, epochs: int, warmup_epochs: int, peak: float) -> float:
+    """The CIFAR-10 schedule: linear warm-up, then a cosine to 0 in the last epoch.
+
+    The authors' script: `linspace(0, peak, warmup)[e]` while e < warmup, so the warm-up spans
+    warmup − 1 steps and is over in epoch warmup − 1; then `peak · ½(1 + cos(π(e − w)/(E − w)))`.
+
+    Args:
+        epoch: e, 1..epochs.
+        warmup_epochs: w, below `epochs`.
+        peak: the highest learning rate.
+    """
+    if epoch < warmup_epochs:
+        return peak * epoch / (warmup_epochs - 1)
+    share = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))

@@ -1,0 +1,61 @@
+"""Which views a regime makes of an image; each heavy view is derived from its standard view."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.image_ops import Augmentation, Draws
+
+Regime = Literal["baseline", "joint", "dssl"]
+
+
+class Views(NamedTuple):
+    """Views of a batch, `[B, 3, H, W]` each; heavy ones are None in the baseline regime."""
+
+    standard_1: Tensor  # v  = t(I)
+    standard_2: Tensor  # v' = t'(I)
+    heavy_1: Tensor | None  # v̂  = t̂(v)
+    heavy_2: Tensor | None  # v̂' = t̂'(v')
+
+
+class ViewMaker:
+    """Makes the views of section 3 of the paper from 8-bit images.
+
+    Args:
+        standard: T, uint8 `[B, 3, H, W]` to the training size.
+        heavy: T̂, applied to standard views.
+        regime: baseline makes standard views only; joint and dssl also derive the heavy ones.
+    """
+
+    def __init__(self, standard: Augmentation, heavy: Augmentation, regime: Regime) -> None:
+        self.standard = standard
+        self.heavy = heavy
+        self.regime = regime
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Draw for `batch` images of `size` (height, width): CPU float32 `[batch, columns]`.
+
+        Standard views are drawn first, so that with one generator all regimes share them.
+        """
+        drawn = [self.standard.draw(batch, size, generator) for _ in range(2)]
+        if self.regime != "baseline":
+            size = self.standard.output_size(size)
+            drawn += [self.heavy.draw(batch, size, generator) for _ in range(2)]
+        return torch.cat(drawn, dim=1)
+
+    def make(self, images: Tensor, draws: Tensor) -> Views:
+        """Views of uint8 images `[B, 3, H, W]` by CPU draws `[B, columns]`: uint8, same device."""
+        sent = Draws.of(draws, images.device)
+        edge_1 = self.standard.columns
+        edge_2 = 2 * edge_1
+        standard_1 = self.standard.apply(images, sent.columns(0, edge_1))
+        standard_2 = self.standard.apply(images, sent.columns(edge_1, edge_2))
+        if self.regime == "baseline":
+            return Views(standard_1, standard_2, None, None)
+        edge_3 = edge_2 + self.heavy.columns
+        heavy_1 = self.heavy.apply(standard_1, sent.columns(edge_2, edge_3))
+        heavy_2 = self.heavy.apply(standard_2, sent.columns(edge_3, draws.shape[1]))
+        return Views(standard_1, standard_2, heavy_1, heavy_2)
