@@ -56,6 +56,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # torch.load does not look at the checksums that torch.save wrote.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+            # The one thing no checksum covers, yet torch reads: an entry marked as a folder.
+            for entry in archive.infolist():
+                if entry.external_attr:
+                    damaged = entry.filename
         if damaged is not None:
             raise UserError(f"{path} is damaged (at {damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -71,11 +75,19 @@ class Checkpoints:
     Args:
         folder: where they lie.
         last, previous: their file names.
+        way_out: what a user can do where both are damaged.
     """
 
-    def __init__(self, folder: Path, last: str = "last.pt", previous: str = "previous.pt") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        last: str = "last.pt",
+        previous: str = "previous.pt",
+        way_out: str = "start anew with --fresh (nothing is deleted)",
+    ) -> None:
         self.last = folder / last
         self.previous = folder / previous
+        self.way_out = way_out
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep the last one as the previous one and write a new last one.
@@ -83,7 +95,7 @@ class Checkpoints:
         The older previous one is let go first, so that two take up the disk and never three.
 
         Raises:
-            OSError: if the new one cannot be written; the last one then stands.
+            OSError: if the new one cannot be written; `load` then still finds the last one.
         """
         self._keep_last()
         write_whole(self.last, state)
@@ -91,6 +103,8 @@ class Checkpoints:
     def _keep_last(self) -> None:
         if not self.last.exists():
             return
+        if self.previous.exists() and self.previous.samefile(self.last):
+            return  # after a save that failed
         beside = self.previous.with_name(self.previous.name + ".partial")
         with suppress(FileNotFoundError):
             beside.unlink()
@@ -122,7 +136,7 @@ class Checkpoints:
             return state
         if problems:
             raise UserError(
-                f"{'; '.join(problems)}: nothing to continue from; restore a checkpoint, or start "
-                "anew with --fresh (nothing is deleted)"
+                f"{'; '.join(problems)}: nothing to continue from; restore a checkpoint, or "
+                f"{self.way_out}"
             )
         return None

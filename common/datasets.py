@@ -104,8 +104,9 @@ def load_cifar10(data_root: str, image_size: int, ranks: Ranks) -> Split:
         except (OSError, RuntimeError) as error:
             failure = error
     if ranks.any(failure is not None):
+        reason = failure or "on the first rank"
         raise UserError(
-            f"CIFAR-10 is not under {data_root} and could not be downloaded ({failure}); connect "
+            f"CIFAR-10 is not under {data_root} and could not be downloaded ({reason}); connect "
             "to the network, put cifar-10-python.tar.gz there, or try --dataset shapes"
         ) from failure
     sets = []
@@ -138,7 +139,9 @@ def load_folder(
     _require(len(files), at_least, root)
     labels, class_names = label_by_folder(train_folder, files)
     if train_folder == folder or not class_names:
-        _say_unlabelled(ranks, f"{train_folder} has no train/<class>/ folders")
+        _say_unlabelled(
+            ranks, f"the images of {train_folder} do not all lie in train/<class>/ folders"
+        )
         return Split(ImageSet(_decode(files, image_size, skip_broken, ranks)[0]), None)
 
     test_folder = folder / "val"
@@ -165,12 +168,16 @@ def _say_unlabelled(ranks: Ranks, reason: str) -> None:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted; hidden ones are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
+    """All image files below a folder, sorted; links are followed, hidden files and folders not."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in files
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        ]
+    return sorted(found)
 
 
 def label_by_folder(folder: Path, files: Sequence[Path]) -> tuple[list[int], tuple[str, ...]]:
@@ -227,13 +234,22 @@ def _decode(
 
 
 def decode_square(path: Path, size: int) -> np.ndarray:
-    """Decode an image file to RGB, uint8 `[size, size, 3]`."""
+    """Decode an image file to RGB, uint8 `[size, size, 3]`.
+
+    Another size is resized as torchvision's Resize (shorter side, bicubic) and CenterCrop do.
+    """
     with Image.open(path) as source:
-        image = source.convert("RGB")
+        if source.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(source) // 257).clip(0, 255).astype(np.uint8))
+        elif "transparency" in source.info:
+            image = source.convert("RGBA")
+        else:
+            image = source
+        image = image.convert("RGB")
     if image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(length * scale)) for length in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
+        shorter = min(image.size)
+        width, height = (int(size * length / shorter) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.crop((left, top, left + size, top + size))
     return np.array(image)

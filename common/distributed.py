@@ -7,6 +7,7 @@ function here speaks for the group; without torchrun each is a plain local opera
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -51,13 +52,16 @@ class Ranks:
             return module
         if self.device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        # Running averages need no agreement while training; see broadcast_buffers.
-        return DistributedDataParallel(
-            module,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # Newer releases have another name for broadcast_buffers and warn; older know only it.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                module,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                # Running averages need no agreement while training; see broadcast_buffers.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's BatchNorm averages, for evaluation and checkpoints."""

@@ -13,11 +13,26 @@ class UserError(ValueError):
     """A setting, a file or a machine that a user can put right; the message says how."""
 
 
+class StopRequested(Exception):  # noqa: N818 (a wish, not an error)
+    """Raised after a signal, where the run's state is whole, so that it can be saved.
+
+    Args:
+        exit_status: that the process should end with.
+    """
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__(exit_status)
+        self.exit_status = exit_status
+
+
 def run_script(main: Callable[[ConfigType], None], config: ConfigType) -> None:
     """Call `main(config)`; end with one line on stderr and status 1 on a `UserError`."""
     try:
         main(config)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except StopRequested as stop:
+        print("Stopped, with a checkpoint: the same command continues the run.", file=sys.stderr)
+        sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

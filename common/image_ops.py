@@ -179,7 +179,8 @@ def adjust_saturation(images: Tensor, factor: float | Tensor) -> Tensor:
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` (float32 `[B]`, −0.5..0.5 turns), keeping HSV value and saturation.
 
-    Computed in float32 and rounded, where Pillow's HSV has 8 bits a channel: up to 6 levels apart.
+    Computed in float32 and rounded, where Pillow's HSV has 8 bits a channel: for turns within ±0.1,
+    98 % of all colours and turns come out within 6 levels of Pillow's, the farthest 18.
     """
     channels = images.to(torch.float32)
     red, green, blue = channels.unbind(1)
@@ -307,10 +308,12 @@ def resize_weights(
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Resample uint8 `[B, 3, H, W]` by weights `[B, h, H]` and `[B, w, W]` to `[B, 3, h, w]`.
 
-    In float32 and rounded once, where Pillow rounds after each axis: within 1 of it at 32 px.
+    Along x, then along y, rounded to 0..255 after each, as Pillow mostly does: within 1 of it, but
+    for bicubic crops where Pillow takes y first and an overshoot is clipped elsewhere.
     """
-    pixels = images.to(torch.float32)
-    pixels = torch.matmul(torch.matmul(rows[:, None], pixels), columns[:, None].transpose(2, 3))
+    pixels = torch.matmul(images.to(torch.float32), columns[:, None].transpose(2, 3))
+    pixels.add_(0.5).floor_().clamp_(0, 255)
+    pixels = torch.matmul(rows[:, None], pixels)
     return to_uint8(pixels.add_(0.5).clamp_(0, 255))
 
 
@@ -411,7 +414,7 @@ def resize_centre_crop(images: Tensor, resize: int, size: int, kernel: str) -> T
         raise ValueError(f"square images are needed, these are {tuple(images.shape[2:])}")
     # The central part of the resized image, expressed in source pixels.
     step = source / resize
-    start = torch.tensor([(resize - size) // 2 * step], device=images.device)
+    start = torch.tensor([round((resize - size) / 2) * step], device=images.device)
     length = torch.tensor([size * step], device=images.device)
     low, high = torch.zeros_like(start), torch.full_like(start, source)
     weights = resize_weights(start, length, low, high, source, size, kernel)

@@ -44,7 +44,8 @@ def knn_predict(
     for chunk in queries.split(QUERIES):
         cosine, index = (chunk @ bank).topk(neighbours, dim=1)
         votes = torch.zeros(len(chunk), num_classes, device=chunk.device)
-        votes.scatter_add_(1, bank_labels[index], (cosine / temperature).exp())
+        # All votes divided by exp(1/τ), so that no small τ overflows.
+        votes.scatter_add_(1, bank_labels[index], ((cosine - 1) / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 

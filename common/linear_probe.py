@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,12 @@ from tqdm import tqdm
 from common.checkpoint import Checkpoints
 from common.datasets import ImageSet
 from common.distributed import Ranks, unwrap
+from common.errors import StopRequested
 from common.features import extract_features
 from common.image_ops import Augmentation, Draws
 from common.meter import Meter
 from common.seeding import epoch_order, generator_for
-from common.stop import StopFlag, StopRequested
+from common.stop import StopFlag
 
 
 @dataclass(frozen=True)
@@ -51,55 +52,68 @@ def linear_accuracy(
 ) -> float:
     """Train a classifier on the frozen backbone; top-1 accuracy in percent over the whole test set.
 
-    Continues from its own checkpoints, written after each epoch.
+    Continues from its own checkpoints, written after each epoch and when a signal comes.
 
     Args:
-        backbone: put in eval mode meanwhile; no gradient reaches it.
+        backbone: put in eval mode; no gradient reaches it.
         feature_dim: d of its features.
         augmentation: of training images.
         encode_train, encode_test: uint8 images on the device to features `[B, d]`.
-        stamp: identifies the backbone; a checkpoint with another stamp is not continued.
+        stamp: identifies the backbone; a checkpoint of another backbone or protocol is not
+            continued.
 
     Raises:
         StopRequested: after a checkpoint, when a signal came.
     """
     batch_size = min(protocol.batch_size, len(train))
     batch_size -= batch_size % ranks.world_size
-    rows = ranks.share(batch_size)
     classifier = nn.Linear(feature_dim, len(train.class_names))
     nn.init.normal_(classifier.weight, std=0.01, generator=generator_for("classifier", seed))
     nn.init.zeros_(classifier.bias)
     model = ranks.wrap(classifier)
     optimiser = torch.optim.SGD(model.parameters(), lr=protocol.lr, momentum=protocol.momentum)
+    labels = train.labels.to(ranks.device)
+    size = (train.images.shape[2], train.images.shape[3])
+    identity = {"stamp": stamp, **asdict(protocol)}
+    first_epoch = first_step = 0
     state = checkpoints.load()
-    first = 0
-    if state is not None and state["stamp"] == stamp and state["epochs"] == protocol.epochs:
+    if state is not None and state["identity"] == identity:
         classifier.load_state_dict(state["classifier"])
         optimiser.load_state_dict(state["optimiser"])
-        first = state["epoch"]
+        first_epoch, first_step = state["epoch"], state["step"]
 
-    was_training = backbone.training
+    def save(epoch: int, step: int) -> None:
+        if not ranks.is_main:
+            return
+        state = {"classifier": unwrap(model).state_dict(), "optimiser": optimiser.state_dict()}
+        try:
+            checkpoints.save({**state, "epoch": epoch, "step": step, "identity": identity})
+        except OSError as error:
+            tqdm.write(f"warning: {checkpoints.last} cannot be written ({error})")
+
     backbone.eval()
-    size = (train.images.shape[2], train.images.shape[3])
-    labels = train.labels.to(ranks.device)
-    epochs = range(first, protocol.epochs)
-    for epoch in tqdm(epochs, "linear", unit="epoch", disable=not ranks.is_main):
+    bar = tqdm(
+        desc="linear",
+        total=protocol.epochs,
+        initial=first_epoch,
+        unit="epoch",
+        disable=not ranks.is_main,
+    )
+    for epoch in range(first_epoch, protocol.epochs):
         passed = sum(epoch >= share * protocol.epochs for share in protocol.milestones)
         optimiser.param_groups[0]["lr"] = protocol.lr * 0.1**passed
-        order = epoch_order(len(train), seed, epoch)
-        meter = Meter(ranks, {}, 0)
-        for step, batch in enumerate(order.split(batch_size)):
-            if len(batch) < batch_size:
-                # The last, smaller batch: as many as divide among the ranks.
-                batch = batch[: len(batch) - len(batch) % ranks.world_size]
-                if not len(batch):
-                    break
+        meter = Meter(ranks, {}, first_step)
+        batches = epoch_order(len(train), seed, epoch).split(batch_size)
+        for step in range(first_step, len(batches)):
+            # The last, smaller batch: as many images as divide among the ranks.
+            batch = batches[step][: len(batches[step]) // ranks.world_size * ranks.world_size]
+            if not len(batch):
+                break
             rows = ranks.share(len(batch))
-            generator = generator_for("linear", seed, epoch, step)
-            draws = augmentation.draw(len(batch), size, generator)[rows]
+            draws = augmentation.draw(len(batch), size, generator_for("linear", seed, epoch, step))
             index = batch[rows].to(ranks.device)
             with torch.no_grad():
-                views = augmentation.apply(train.images[index], Draws.of(draws, ranks.device))
+                views = augmentation.apply(train.images[index], Draws.of(draws[rows], ranks.device))
                 features = encode_train(views).float()
             loss = F.cross_entropy(model(features), labels[index])
             optimiser.zero_grad(set_to_none=True)
@@ -108,23 +122,17 @@ def linear_accuracy(
             meter.add({"linear loss": loss.detach()})
             meter.end_step({"stop": stop.requested})
             if meter.take_request("stop"):
+                meter.flush()
+                save(epoch, step + 1)
+                bar.close()
                 raise StopRequested(stop.exit_status)
         meter.flush()
-        if ranks.is_main:
-            state = {
-                "classifier": unwrap(model).state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "epoch": epoch + 1,
-                "epochs": protocol.epochs,
-                "stamp": stamp,
-            }
-            try:
-                checkpoints.save(state)
-            except OSError as error:
-                tqdm.write(f"warning: {checkpoints.last} cannot be written ({error})")
+        first_step = 0
+        save(epoch + 1, 0)
+        bar.update()
+    bar.close()
 
     features = extract_features(backbone, test.images, encode_test, ranks, stop.check)
-    backbone.train(was_training)
     with torch.no_grad():
         predictions = classifier(features).argmax(dim=1)
     truth = test.labels[ranks.rank :: ranks.world_size].to(ranks.device)

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.image_ops import (
     Augmentation,
     Draws,
@@ -277,14 +278,14 @@ class RandAugment(Augmentation):
         magnitude: M, 0..30; the strength is low + M/30 · (high − low).
 
     Raises:
-        ValueError: for N below 1 or M outside 0..30.
+        UserError: for N below 1 or M outside 0..30.
     """
 
     def __init__(self, num_ops: int, magnitude: int) -> None:
         if num_ops < 1:
-            raise ValueError(f"RandAugment needs at least 1 operation, not {num_ops}")
+            raise UserError(f"RandAugment needs at least 1 operation, not {num_ops}")
         if not 0 <= magnitude <= 30:
-            raise ValueError(f"RandAugment's magnitude M lies in 0..30, not {magnitude}")
+            raise UserError(f"RandAugment's magnitude M lies in 0..30, not {magnitude}")
         self.num_ops = num_ops
         self.values = [low + magnitude / 30 * (high - low) for low, high, _ in STRENGTHS.values()]
         # For each operation: its index, sign, and Cutout's centre x, y in pixels.

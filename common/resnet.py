@@ -7,6 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from common.errors import UserError
+
 Depth = Literal["resnet18", "resnet34", "resnet50"]
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
@@ -24,11 +26,18 @@ class CifarResNet(nn.Module):
 
     Args:
         architecture: "resnet18", "resnet34" or "resnet50".
-        width: channels of the first stage; the stages have 1, 2, 4 and 8 times as many.
+        width: channels of the first stage, a multiple of 8; the stages have 1, 2, 4 and 8 times as
+            many.
+
+    Raises:
+        UserError: for another width.
     """
 
     def __init__(self, architecture: Depth = "resnet18", width: int = 64) -> None:
         super().__init__()
+        if width < 8 or width % 8:
+            # oneDNN 3.12's AVX2 convolutions crash or hang on 2 or 4 channels in channels_last.
+            raise UserError(f"--width is a multiple of 8, not {width}")
         block, depths = ARCHITECTURES[architecture]
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

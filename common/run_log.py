@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -66,6 +66,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], fresh: bool, ranks: Ranks) -> None:
+        folder = folder.resolve()
         self.folder = folder
         self.config = dict(config)
         self.ranks = ranks
@@ -74,6 +75,7 @@ class RunLog:
         self.metrics_bytes = 0
         self._unwritten: list[str] = []
         self._warned = False
+        self._lock: IO[str] | None = None
         self._board: SummaryWriter | None = None
         if ranks.is_main:
             self._lock = self._claim(fresh)
@@ -145,13 +147,16 @@ class RunLog:
         """
         if not self.ranks.is_main:
             return
-        self._write_config()
-        with self.metrics_path.open("a") as file:
-            self.metrics_bytes = min(metrics_bytes, self.metrics_path.stat().st_size)
-            file.truncate(self.metrics_bytes)
-        self._board = SummaryWriter(
-            self.folder / "tensorboard", purge_step=next_epoch if next_epoch else None
-        )
+        try:
+            self._write_config()
+            with self.metrics_path.open("a") as file:
+                self.metrics_bytes = min(metrics_bytes, self.metrics_path.stat().st_size)
+                file.truncate(self.metrics_bytes)
+            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=next_epoch)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error}); make room, or choose another --run-dir"
+            ) from error
 
     def _write_config(self) -> None:
         path = self.folder / "config.json"
@@ -166,7 +171,9 @@ class RunLog:
                 "processes": self.ranks.world_size,
                 "versions": {
                     "python": platform.python_version(),
-                    **{name: version(name) for name in ("torch", "torchvision", "numpy")},
+                    "torch": torch.__version__,
+                    "torchvision": torchvision.__version__,
+                    "numpy": np.__version__,
                 },
             }
         )
@@ -218,9 +225,12 @@ class RunLog:
         """Save the picture of the views as views.png, and show it in TensorBoard."""
         if not self.ranks.is_main or self._board is None:
             return
-        picture.save(self.folder / "views.png")
-        self._board.add_image("views", np.asarray(picture), 0, dataformats="HWC")
-        self._board.flush()
+        try:
+            picture.save(self.folder / "views.png")
+            self._board.add_image("views", np.asarray(picture), 0, dataformats="HWC")
+            self._board.flush()
+        except OSError as error:
+            self.tell(f"warning: views.png cannot be written ({error})")
 
     def save(self, state: Mapping[str, Any], *, must: bool = False) -> None:
         """Write a checkpoint of `state`, to which settings and the length of the log are added.
@@ -287,10 +297,13 @@ class RunLog:
         self.tell(f"metrics          {self.metrics_path}")
 
     def close(self) -> None:
-        """Close TensorBoard's files."""
+        """Close TensorBoard's files and let other processes into the folder."""
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _first_free(folder: Path) -> Path:

@@ -15,7 +15,8 @@ def generator_for(purpose: str, *key: int) -> torch.Generator:
         purpose: keeps streams with equal keys apart.
         key: integers, at least 0.
     """
-    entropy = np.random.SeedSequence((zlib.crc32(purpose.encode()), *key))
+    # SeedSequence pads with zeros: the length keeps (1,) and (1, 0) apart.
+    entropy = np.random.SeedSequence((zlib.crc32(purpose.encode()), len(key), *key))
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 

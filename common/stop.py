@@ -7,18 +7,7 @@ import signal
 from types import FrameType
 
 from common.distributed import Ranks
-
-
-class StopRequested(Exception):  # noqa: N818 (a wish, not an error)
-    """Raised where the run's state is whole, so that it can be saved.
-
-    Args:
-        exit_status: that the process should end with.
-    """
-
-    def __init__(self, exit_status: int) -> None:
-        super().__init__(exit_status)
-        self.exit_status = exit_status
+from common.errors import StopRequested
 
 
 class StopFlag:

@@ -28,7 +28,7 @@ from common.checkpoint import Checkpoints
 from common.datasets import Dataset, load_images
 from common.distributed import unwrap
 from common.dssl import loss_parts
-from common.errors import UserError, run_script
+from common.errors import StopRequested, UserError, run_script
 from common.image_ops import normalise, resize_centre_crop
 from common.knn import knn_accuracy
 from common.linear_probe import LinearProtocol, linear_accuracy
@@ -40,7 +40,7 @@ from common.resnet import Depth
 from common.run_log import REPOSITORY, RunLog
 from common.schedule import warmup_cosine
 from common.seeding import epoch_order, generator_for
-from common.stop import StopFlag, StopRequested
+from common.stop import StopFlag
 from common.views import Regime, ViewMaker
 from simsiam_cifar10.augmentation import (
     heavy_augmentation,
@@ -263,12 +263,18 @@ def main(config: Config) -> None:
             encode_test,
             LinearProtocol(config.linear_epochs, 256, 30.0, 0.9, milestones=(0.6, 0.8)),
             config.seed,
-            Checkpoints(run_dir, "linear_last.pt", "linear_previous.pt"),
+            Checkpoints(
+                run_dir, "linear_last.pt", "linear_previous.pt", "remove these two to train anew"
+            ),
             last_step,
             ranks,
             stop,
         )
-        log.write(last_epoch, {"linear": linear})
+        if linear != progress.linear:  # or it stands in the log already
+            log.write(last_epoch, {"linear": linear})
+            progress.linear = linear
+            if progress.epoch > last_epoch:
+                save(must=True)
     log.save_file("backbone.pt", network.backbone.state_dict(), must=True)
     log.tell_result(progress, linear)
     log.close()

@@ -6,14 +6,15 @@ import random
 from functools import lru_cache
 
 import numpy
+import pillow_reference
 import pytest
 import torch
-from torch import Generator, Tensor
+from assertions import assert_equal, assert_frequency, seeded
+from pillow_reference import CUTOUT_COLOUR, STRENGTHS, WITHOUT_STRENGTH, pictures, strength
+from torch import Tensor
 
 from common.image_ops import Draws
 from common.randaugment import OPERATIONS, RandAugment
-from tests import pillow_reference
-from tests.pillow_reference import CUTOUT_COLOUR, STRENGTHS, WITHOUT_STRENGTH, pictures, strength
 
 torch.set_num_threads(1)
 
@@ -30,30 +31,9 @@ def cached_pictures(count: int, size: tuple[int, int]) -> Tensor:
     return pictures(count, size)
 
 
-def seeded(seed: int) -> Generator:
-    return Generator().manual_seed(seed)
-
-
 def random_centres(count: int, size: tuple[int, int], seed: int) -> Tensor:
     """Float [count, 2], x first, uniform over the picture."""
     return torch.rand(count, 2, generator=seeded(seed)) * torch.tensor([size[1], size[0]])
-
-
-def assert_equal(result: Tensor, expected: Tensor, what: str) -> None:
-    assert result.dtype == torch.uint8, f"{what}: dtype {result.dtype}"
-    assert result.shape == expected.shape, f"{what}: {result.shape}, not {expected.shape}"
-    result = result.cpu()
-    if torch.equal(result, expected):
-        return
-    difference = (result.int() - expected.int()).abs()
-    wrong = difference.amax(1) > 0  # [B, H, W]
-    image, row, column = wrong.nonzero()[0].tolist()
-    raise AssertionError(
-        f"{what}: {int(wrong.sum())} of {wrong.numel()} pixels in {int(wrong.any(2).any(1).sum())} "
-        f"of {len(wrong)} images differ, by at most {int(difference.max())}; the first is image "
-        f"{image} at x = {column}, y = {row}: {result[image, :, row, column].tolist()}, "
-        f"Pillow has {expected[image, :, row, column].tolist()}"
-    )
 
 
 def check(name: str, images: Tensor, value: float, centres: Tensor | None = None) -> None:
@@ -427,16 +407,6 @@ def test_applying_leaves_the_draws_alone() -> None:
 # What is drawn -----------------------------------------------------------------------------------
 # The seeds are fixed, so these tests cannot fail by chance once they have passed. A right sampler
 # breaks one of the bounds, five standard deviations, for fewer than one seed in a hundred.
-
-
-def assert_frequency(occurred: Tensor, probability: float, what: str) -> None:
-    """The count of a boolean tensor's True lies within five binomial standard deviations."""
-    trials = occurred.numel()
-    bound = 5 * math.sqrt(trials * probability * (1 - probability))
-    count, expected = int(occurred.sum()), trials * probability
-    assert abs(count - expected) <= bound, (
-        f"{what}: {count} of {trials}, expected {expected:.0f} within {bound:.0f}"
-    )
 
 
 @lru_cache

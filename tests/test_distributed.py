@@ -1,0 +1,174 @@
+"""Two real processes under gloo against one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import nn
+
+from common import distributed
+from common.datasets import ImageSet
+from common.distributed import Ranks, unwrap
+from common.dssl import loss_parts
+from common.errors import UserError
+from common.features import extract_features
+from common.knn import knn_accuracy
+from common.meter import Meter
+from common.views import Views
+from simsiam_cifar10.loss import pull
+from simsiam_cifar10.model import SimSiam
+
+BATCH = 32
+CASES = [("baseline", 0.0), ("joint", 0.0), ("dssl", 0.0), ("dssl", 0.1)]
+
+
+def make_network(norm: bool) -> SimSiam:
+    torch.manual_seed(0)
+    network = SimSiam("resnet18", width=8, projector_dim=8, predictor_dim=4)
+    if not norm:
+        for module in list(network.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                    setattr(module, name, nn.Identity())
+    return network
+
+
+def make_views() -> Views:
+    generator = torch.Generator().manual_seed(1)
+    return Views(*(torch.randn(BATCH, 3, 16, 16, generator=generator) for _ in range(4)))
+
+
+def gradients(model: nn.Module, views: Views, regime: str, s: float) -> dict[str, torch.Tensor]:
+    for part in loss_parts(model, model, views, regime, pull, s):
+        part.loss.backward()
+    return {name: p.grad.clone() for name, p in unwrap(model).named_parameters()}
+
+
+def slices(views: Views, rows: slice) -> Views:
+    return Views(*(view[rows] for view in views))
+
+
+def images_and_labels(count: int, seed: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.randint(3, (count,), generator=generator), ("a", "b", "c"))
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(1).float()
+
+
+def on_a_rank(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    ranks = distributed.start("cpu")
+    rows = ranks.share(BATCH)
+    result: dict[str, object] = {"rows": (rows.start, rows.stop)}
+    for norm in (True, False):
+        for regime, s in CASES:
+            model = ranks.wrap(make_network(norm))
+            grads = gradients(model, slices(make_views(), rows), regime, s)
+            result[f"{norm} {regime} {s}"] = grads
+
+    network = make_network(norm=True)
+    for buffer in network.buffers():
+        buffer.fill_(rank + 1)
+    ranks.broadcast_buffers(network)
+    result["buffers"] = sorted({float(value) for b in network.buffers() for value in b.flatten()})
+
+    train, test = images_and_labels(47, 0), images_and_labels(33, 1)
+    backbone = nn.Identity()
+    features = extract_features(backbone, train.images, pixels, ranks, lambda: None)
+    result["gathered"] = ranks.gather(features, len(train))
+    result["knn"] = knn_accuracy(backbone, train, test, pixels, ranks, lambda: None)
+
+    meter = Meter(ranks, {}, 0)
+    meter.add({"loss": torch.tensor(float(rank))})
+    meter.end_step({"stop": rank == 1, "checkpoint": False})
+    result["mean"] = meter.means()["loss"]
+    result["requests"] = (meter.take_request("stop"), meter.take_request("checkpoint"))
+    result["any"] = (ranks.any(rank == 1), ranks.any(False))
+    torch.save(result, folder / f"{rank}.pt")
+    distributed.finish()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(on_a_rank, (port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("regime", "s"), CASES)
+def test_two_ranks_equal_one_process_that_averages_two_halves(
+    results: list[dict], regime: str, s: float
+) -> None:
+    views = make_views()
+    torch.set_num_threads(1)  # as the ranks: sums in the same order
+    halves = [
+        gradients(make_network(True), slices(views, rows), regime, s)
+        for rows in (slice(0, BATCH // 2), slice(BATCH // 2, BATCH))
+    ]
+    key = f"True {regime} {s}"
+    for name in halves[0]:
+        expected = (halves[0][name] + halves[1][name]) / 2
+        assert torch.equal(results[0][key][name], results[1][key][name]), name
+        assert torch.allclose(results[0][key][name], expected, rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("regime", "s"), CASES)
+def test_without_batch_norm_two_ranks_equal_the_joined_batch(
+    results: list[dict], regime: str, s: float
+) -> None:
+    expected = gradients(make_network(False), make_views(), regime, s)
+    for name, gradient in expected.items():
+        ours = results[0][f"False {regime} {s}"][name]
+        assert torch.allclose(ours, gradient, rtol=0, atol=1e-6), name
+
+
+def test_ranks_share_the_batch_in_order(results: list[dict]) -> None:
+    assert [result["rows"] for result in results] == [(0, 16), (16, 32)]
+    with pytest.raises(UserError, match="multiple of 2"):
+        Ranks(0, 2, torch.device("cpu")).share(7)
+
+
+def test_buffers_become_those_of_rank_0(results: list[dict]) -> None:
+    assert [result["buffers"] for result in results] == [[1.0], [1.0]]
+
+
+def test_features_are_joined_in_order_and_knn_counts_each_image_once(results: list[dict]) -> None:
+    train, test = images_and_labels(47, 0), images_and_labels(33, 1)
+    one = Ranks(0, 1, torch.device("cpu"))
+    expected = knn_accuracy(nn.Identity(), train, test, pixels, one, lambda: None)
+    for result in results:
+        assert torch.equal(result["gathered"], pixels(train.images))
+        assert result["knn"] == expected
+
+
+def test_every_rank_learns_of_means_and_requests(results: list[dict]) -> None:
+    for result in results:
+        assert result["mean"] == 0.5
+        assert result["requests"] == (True, False)
+        assert result["any"] == (True, False)
+
+
+def test_a_missing_device_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="not a device; try auto"):
+        distributed.start("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="0 usable CUDA GPUs; try --device auto"):
+            distributed.start("cuda")

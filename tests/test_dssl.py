@@ -1,0 +1,195 @@
+"""Which views meet, in which direction, with which weight: the loss of section 3 of the paper."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.dssl import loss_parts
+from common.views import Views
+from simsiam_cifar10.loss import pull
+from simsiam_cifar10.model import SimSiam
+
+NAMES = ("v", "v'", "v̂", "v̂'")
+
+# (whose prediction moves, towards whose projection, weight), written out from the paper.
+SYMMETRIC = [("v", "v'", "symmetric"), ("v'", "v", "symmetric")]
+EXPECTED = {
+    "baseline": SYMMETRIC,
+    "joint": [("v̂", "v̂'", "symmetric"), ("v̂'", "v̂", "symmetric")],
+    "dssl": [*SYMMETRIC, ("v̂", "v", "asymmetric"), ("v̂'", "v'", "asymmetric")],
+    "dssl, s > 0": [
+        *SYMMETRIC,
+        ("v̂", "v", "asymmetric"),
+        ("v̂'", "v'", "asymmetric"),
+        ("v", "v̂", "reverse"),
+        ("v'", "v̂'", "reverse"),
+    ],
+}
+
+
+def make_views(regime: str, batch: int = 6) -> Views:
+    generator = torch.Generator().manual_seed(1)
+    images = [
+        torch.rand(batch, 3, 8, 8, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(4)
+    ]
+    return Views(*images) if regime != "baseline" else Views(*images[:2], None, None)
+
+
+def make_network() -> SimSiam:
+    torch.manual_seed(0)
+    return SimSiam("resnet18", width=8, projector_dim=8, predictor_dim=4).double()
+
+
+PAIRS = [(case, *pair) for case, pairs in EXPECTED.items() for pair in pairs]
+
+
+@pytest.mark.parametrize(("case", "source", "target", "term"), PAIRS)
+def test_each_term_moves_its_source_view_and_nothing_else(
+    case: str, source: str, target: str, term: str
+) -> None:
+    regime = case.split(",")[0]
+    reverse_weight = 0.25 if "s > 0" in case else 0.0
+    weights = {"symmetric": 1.0, "asymmetric": 1 - reverse_weight, "reverse": reverse_weight}
+    views = make_views(regime)
+    network = make_network()
+    outputs: list[tuple[str, Tensor, Tensor]] = []
+    met: list[tuple[str, str]] = []
+
+    def forward(view: Tensor) -> tuple[Tensor, Tensor]:
+        p, z = network(view)
+        position = next(index for index, other in enumerate(views) if other is view)
+        outputs.append((NAMES[position], p, z))
+        return p, z
+
+    def only_this_pair(p: Tensor, z: Tensor) -> Tensor:
+        mover = next(name for name, other, _ in outputs if other is p)
+        goal = next(name for name, _, other in outputs if other is z)
+        met.append((mover, goal))
+        return pull(p, z) if met[-1] == (source, target) else 0 * p.sum()
+
+    total, logged = 0.0, 0.0
+    for part in loss_parts(network, forward, views, regime, only_this_pair, reverse_weight):
+        part.loss.backward()
+        total += part.loss.item()
+        logged += part.log[term].item() if term in part.log else 0.0
+
+    assert sorted(met) == sorted(pair[:2] for pair in EXPECTED[case])
+    for name, view in zip(NAMES, views, strict=True):
+        moved = view is not None and view.grad is not None and bool((view.grad != 0).any())
+        assert moved == (name == source), f"{source} → {target}: gradient at {name}"
+    assert logged != 0
+    assert total == pytest.approx(weights[term] * logged, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("regime", "s"), [("baseline", 0.0), ("joint", 0.0), ("dssl", 0.0), ("dssl", 0.1)]
+)
+def test_gradients_are_those_of_the_whole_sum(regime: str, s: float) -> None:
+    views = make_views(regime)
+    network = make_network()
+    log: dict[str, float] = {}
+    loss = 0.0
+    for part in loss_parts(network, network, views, regime, pull, s):
+        part.loss.backward()
+        loss += part.loss.item()
+        for name, value in part.log.items():
+            log[name] = log.get(name, 0.0) + value.item()
+
+    whole = make_network()
+    outputs = [whole(view) if view is not None else None for view in views]
+
+    def half_d(p: Tensor, z: Tensor) -> Tensor:
+        z = z.detach()
+        return (
+            -0.5
+            * ((p / p.norm(dim=1, keepdim=True)) * (z / z.norm(dim=1, keepdim=True)))
+            .sum(dim=1)
+            .mean()
+        )
+
+    if regime == "joint":
+        (p_1, z_1), (p_2, z_2) = outputs[2:]
+    else:
+        (p_1, z_1), (p_2, z_2) = outputs[:2]
+    expected = half_d(p_1, z_2) + half_d(p_2, z_1)
+    if regime == "dssl":
+        (p_3, z_3), (p_4, z_4) = outputs[2:]
+        expected = expected + (1 - s) * (half_d(p_3, z_1) + half_d(p_4, z_2))
+        if s:
+            expected = expected + s * (half_d(p_1, z_3) + half_d(p_2, z_4))
+    expected.backward()
+
+    # `pull` computes in float32, hence the tolerance.
+    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    parts = log["symmetric"] + (1 - s) * log.get("asymmetric", 0) + s * log.get("reverse", 0)
+    assert loss == pytest.approx(parts, abs=1e-6)
+    for (name, ours), theirs in zip(network.named_parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_spread_in_the_log_is_that_of_the_first_view() -> None:
+    views = make_views("dssl")
+    network = make_network()
+    z = F.normalize(make_network()(views.standard_1)[1], dim=1)
+    expected = z.std(dim=0, correction=0).mean().item() * 8**0.5
+    logs = [part.log for part in loss_parts(network, network, views, "dssl", pull, 0.1)]
+    values = [log["spread"].item() for log in logs if "spread" in log]
+    assert values == [pytest.approx(expected, rel=1e-6)]
+
+
+def test_two_views_of_activations_are_alive_at_a_time() -> None:
+    """Bytes saved for backward: dssl in parts keeps at most what the baseline keeps."""
+
+    def peak_bytes(regime: str, together: bool) -> int:
+        alive = peak = 0
+        network = make_network()
+
+        class Saved:
+            def __init__(self, tensor: Tensor) -> None:
+                nonlocal alive, peak
+                self.tensor = tensor
+                self.bytes = tensor.numel() * tensor.element_size()
+                alive += self.bytes
+                peak = max(peak, alive)
+
+            def __del__(self) -> None:
+                nonlocal alive
+                alive -= self.bytes
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            parts = loss_parts(network, network, make_views(regime), regime, pull, 0.1)
+            if together:
+                sum(part.loss for part in list(parts)).backward()
+            else:
+                for part in parts:
+                    part.loss.backward()
+        return peak
+
+    in_parts = peak_bytes("dssl", together=False)
+    assert in_parts <= 0.6 * peak_bytes("dssl", together=True)
+    assert in_parts <= 1.1 * peak_bytes("baseline", together=False)
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = make_network()
+        self.calls = itertools.count()
+
+    def forward(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        next(self.calls)
+        return self.network(view)
+
+
+@pytest.mark.parametrize(("regime", "passes"), [("baseline", 2), ("joint", 2), ("dssl", 4)])
+def test_no_view_is_passed_twice_or_in_vain(regime: str, passes: int) -> None:
+    network = Counted()
+    for part in loss_parts(network, network, make_views(regime), regime, pull, 0.1):
+        part.loss.backward()
+    assert next(network.calls) == passes
