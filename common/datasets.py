@@ -169,9 +169,14 @@ def _say_unlabelled(ranks: Ranks, reason: str) -> None:
 
 def list_images(folder: Path) -> list[Path]:
     """All image files below a folder, sorted; links are followed, hidden files and folders not."""
-    found = []
+    found, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        real = os.path.realpath(parent)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
         found += [
             Path(parent, name)
             for name in files

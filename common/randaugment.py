@@ -23,6 +23,7 @@ from common.image_ops import (
     adjust_saturation,
     apply_in_groups,
     blend,
+    constant,
 )
 
 CUTOUT_COLOUR = (125, 123, 114)
@@ -214,14 +215,14 @@ def cutout(images: Tensor, value: float, centre: Tensor) -> Tensor:
     # Pillow's own precision; MPS has no float64, where a box may come out one pixel off.
     centre = centre.to(torch.float32 if centre.device.type == "mps" else torch.float64)
     start = (centre - value / 2).clamp(min=0).floor()
-    limits = torch.tensor([width, height], device=centre.device)
+    limits = constant((width, height), centre.device)
     stop = torch.minimum(start + value, limits).floor()  # the rectangle includes its far edge
     x = torch.arange(width, device=images.device)
     y = torch.arange(height, device=images.device)
     columns = (x >= start[:, :1]) & (x <= stop[:, :1])
     rows = (y >= start[:, 1:]) & (y <= stop[:, 1:])
     box = rows[:, None, :, None] & columns[:, None, None, :]
-    colour = torch.tensor(CUTOUT_COLOUR, dtype=torch.uint8, device=images.device)
+    colour = constant(CUTOUT_COLOUR, images.device).to(torch.uint8)
     return torch.where(box, colour[:, None, None], images)
 
 

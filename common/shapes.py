@@ -1,17 +1,18 @@
 """A data set of ten kinds of coloured shapes that is drawn on the spot and needs no download.
 
-Every picture scatters sixteen glyphs of one kind, its class, over a soft background. Position,
-tilt, size and colour are drawn anew for every glyph, so the kind is all that the glyphs of a
-picture share. So that little else tells pictures apart, every picture holds all hues and every kind
-covers about the same area. Glyphs stand nearly upright: direction is part of what makes a kind.
+Every picture is a lattice of glyphs of one kind, its class. Phase, spacing and tilt of the lattice,
+the colour of every glyph and the background are drawn anew, so that pixels say little of the class,
+and the kind is what survives crops and changes of colour. Glyphs stand nearly upright: direction is
+part of what makes a kind.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 # The functions below map the coordinates x and y (pointing down), in units of the radius of the
 # glyph, to the distance from its outline: negative inside, positive outside. Their constants give
@@ -85,9 +86,11 @@ _KINDS: dict[str, SignedDistance] = {
 }
 CLASS_NAMES: tuple[str, ...] = tuple(_KINDS)
 
-_GLYPHS = 16
-_SMALLEST, _LARGEST = 0.09, 0.15  # The radius of a glyph, relative to the side of the picture.
-_TILT = math.radians(18)  # The most by which a glyph leans to either side.
+_CELLS = 12  # Cells of the lattice along a side, enough to cover any picture at any tilt.
+_SMALLEST, _LARGEST = 0.2, 0.34  # The side of a cell, relative to the side of the picture.
+_RADIUS = 0.46  # Of a glyph, relative to its cell.
+_BACKGROUND = 0.5  # The brightest; varied, or it would tell pixels the class.
+_TILT = math.radians(12)  # The most by which the lattice leans to either side.
 _CHUNK = 2**22  # Pixels rendered at once, which bounds the memory.
 
 
@@ -96,35 +99,27 @@ def _colours(hues: Tensor) -> Tensor:
     return 0.5 + 0.5 * torch.cos(2 * math.pi * (hues.unsqueeze(-1) + torch.arange(3) / 3))
 
 
-def _render(signed_distance: SignedDistance, glyphs: Tensor, knots: Tensor, size: int) -> Tensor:
+def _render(signed_distance: SignedDistance, whole: Tensor, cells: Tensor, size: int) -> Tensor:
     """Draw pictures of one kind from numbers that are uniform in [0, 1).
 
-    glyphs: float32 [pictures, 16, 6], what sets them apart; knots: float32 [pictures, 9, 2], the
-    hue and brightness of the background on a 3 x 3 grid. Returns uint8 [pictures, 3, size, size].
+    whole: float32 [pictures, 6], what sets the pictures apart; cells: float32 [pictures, 2,
+    cells²], hue and paleness of every glyph. Returns uint8 [pictures, 3, size, size].
     """
-    background = 0.05 + 0.15 * _colours(knots[..., 0]) + 0.4 * knots[..., 1:]
-    canvas = functional.interpolate(
-        background.transpose(1, 2).unflatten(2, (3, 3)), size=(size, size), mode="bicubic"
-    )
-    axis = (torch.arange(size) + 0.5) / size
-    # Sharing the colour wheel out among the glyphs leaves no picture with a tint of its own.
-    shares = glyphs[..., 4].argsort(1) / _GLYPHS
-    for index in range(_GLYPHS):
-        right, down, lean, scale, hue, paleness = glyphs[:, index, :, None, None].unbind(1)
-        radius = _SMALLEST + (_LARGEST - _SMALLEST) * scale
-        # Glyphs that leave the picture on one side return on the other.
-        x = ((axis - right + 0.5) % 1 - 0.5) / radius
-        y = ((axis[:, None] - down + 0.5) % 1 - 0.5) / radius
-        angle = _TILT * (2 * lean - 1)
-        cosine, sine = angle.cos(), angle.sin()
-        distance = signed_distance(cosine * x + sine * y, cosine * y - sine * x)
-        # A dark halo sets the glyph off from whatever lies beneath it.
-        canvas = canvas * (1 - 0.3 * torch.exp(-5 * distance.clamp(min=0))).unsqueeze(1)
-        # An edge that blends over the width of one pixel is anti-aliased.
-        coverage = (0.5 - distance * radius * size).clamp(0, 1).unsqueeze(1)
-        vivid = _colours(shares[:, index] + 0.1 * hue[:, 0, 0])
-        colour = torch.lerp(vivid, torch.ones(()), 0.2 + 0.5 * paleness[:, 0])
-        canvas = torch.lerp(canvas, colour[:, :, None, None], coverage)
+    spacing, lean, right, down, tint, brightness = whole[:, :, None, None].unbind(1)
+    side = _SMALLEST * (_LARGEST / _SMALLEST) ** spacing
+    angle = _TILT * (2 * lean - 1)
+    axis = (torch.arange(size) + 0.5) / size - 0.5
+    x = (angle.cos() * axis + angle.sin() * axis[:, None]) / side + right + _CELLS / 2
+    y = (angle.cos() * axis[:, None] - angle.sin() * axis) / side + down + _CELLS / 2
+    distance = signed_distance((x % 1 - 0.5) / _RADIUS, (y % 1 - 0.5) / _RADIUS)
+    # An edge that blends over the width of one pixel is anti-aliased.
+    coverage = (0.5 - distance * _RADIUS * side * size).clamp(0, 1).unsqueeze(1)
+    cell = (y.long() * _CELLS + x.long()).flatten(1).unsqueeze(1).expand(-1, 2, -1)
+    hue, paleness = cells.gather(2, cell).unflatten(2, (size, size)).unbind(1)
+    colour = _colours(hue).movedim(-1, 1)
+    colour = torch.lerp(colour, torch.ones(()), (0.1 + 0.5 * paleness).unsqueeze(1))
+    background = 0.15 * _colours(tint).movedim(-1, 1) + _BACKGROUND * brightness.unsqueeze(1)
+    canvas = torch.lerp(background.expand_as(colour), colour, coverage)
     return (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -136,12 +131,11 @@ def shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     pictures, and another size draws the same pictures at that size.
     """
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.rand(count, _GLYPHS * 6 + 9 * 2, generator=generator)
-    glyphs = numbers[:, : _GLYPHS * 6].unflatten(1, (_GLYPHS, 6))
-    knots = numbers[:, _GLYPHS * 6 :].unflatten(1, (9, 2))
+    numbers = torch.rand(count, 6 + 2 * _CELLS**2, generator=generator)
+    whole, cells = numbers[:, :6], numbers[:, 6:].unflatten(1, (2, _CELLS**2))
     labels = torch.arange(count) % len(CLASS_NAMES)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     for label, signed_distance in enumerate(_KINDS.values()):
         for chunk in torch.nonzero(labels == label).flatten().split(max(1, _CHUNK // size**2)):
-            images[chunk] = _render(signed_distance, glyphs[chunk], knots[chunk], size)
+            images[chunk] = _render(signed_distance, whole[chunk], cells[chunk], size)
     return images, labels

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import errno
-import io
 import itertools
-import multiprocessing
 import os
 import pickle
 import random
 import signal
 import stat
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import torch
 
 from common.checkpoint import Checkpoints, read_checkpoint, write_whole
 from common.errors import UserError
+from processes import files, forking, in_child, limit_files_to
 
 torch.set_num_threads(1)
 
@@ -40,54 +37,10 @@ def assert_is(state: State | None, number: int) -> None:
     assert (state["model"]["weight"] == number).all()
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def bytes_on_disk(folder: Path) -> int:
     """What the files take up; two names of one file count once."""
     entries = [path.stat() for path in folder.iterdir()]
     return sum({entry.st_ino: entry.st_size for entry in entries}.values())
-
-
-def forking() -> Any:
-    """Processes that start in milliseconds, where importing torch anew takes seconds."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system cannot fork")
-    return multiprocessing.get_context("fork")
-
-
-def in_child(function: Callable[[], Any]) -> Any:
-    """Call a function in a process of its own, where it may limit or lower what it may do."""
-    context = forking()
-    receiving, sending = context.Pipe(duplex=False)
-
-    def run() -> None:
-        sys.stdout = sys.stderr = io.StringIO()  # pytest's are files, which a limit would hit
-        try:
-            sending.send((True, function()))
-        except BaseException:
-            sending.send((False, traceback.format_exc()))
-
-    process = context.Process(target=run)
-    process.start()
-    try:
-        assert receiving.poll(60), "no answer from the child process"
-        is_fine, answer = receiving.recv()
-    finally:
-        process.kill()
-        process.join()
-    if not is_fine:
-        raise AssertionError(answer)
-    return answer
-
-
-def limit_files_to(size: int | None) -> None:
-    """Let no file of this process grow beyond `size` bytes; it fails as on a full disk."""
-    import resource
-
-    soft = resource.RLIM_INFINITY if size is None else size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
 
 
 @pytest.fixture(params=[True, False], ids=["links", "no links"])

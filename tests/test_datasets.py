@@ -9,13 +9,12 @@ from urllib.error import URLError
 import numpy
 import pytest
 import torch
-from assertions import assert_equal
 from PIL import Image
-from pillow_reference import pictures, to_pillow
 from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, cifar
 
+from assertions import assert_equal
 from common import datasets
 from common.datasets import (
     Split,
@@ -29,6 +28,7 @@ from common.distributed import Ranks
 from common.errors import UserError
 from common.knn import knn_predict
 from common.shapes import CLASS_NAMES, shapes
+from pillow_reference import pictures, to_pillow
 
 torch.set_num_threads(1)
 
@@ -190,7 +190,8 @@ def test_linked_folders_and_files_are_followed(tmp_path: Path) -> None:
         (80, 48),  # 80 · 32/48 = 53.3
         (47, 33),  # 47 · 32/33 = 45.6, cut off to 45; the offset 6.5 is rounded to 6
         (375, 500),  # 42.7, cut off to 42
-        (32, 67),  # cut only; the offset 17.5 is rounded to 18
+        (67, 32),  # cut only; the offset 17.5 is rounded to 18
+        (32, 67),
         (32, 90),
         (8, 8),
         (1, 7),

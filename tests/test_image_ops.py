@@ -15,13 +15,12 @@ from functools import lru_cache
 import numpy
 import pytest
 import torch
-from assertions import assert_equal, assert_frequency, seeded
 from PIL import Image, ImageEnhance, ImageOps
-from pillow_reference import pale, pictures, to_pillow, to_tensor
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from assertions import assert_equal, assert_frequency, seeded
 from common import image_ops
 from common.image_ops import (
     Augmentation,
@@ -41,6 +40,7 @@ from common.image_ops import (
     resize_centre_crop,
 )
 from common.randaugment import RandAugment
+from pillow_reference import pale, pictures, to_pillow, to_tensor
 
 torch.set_num_threads(1)
 
@@ -304,7 +304,7 @@ def resample_without_rounding(images: Tensor, rows: Tensor, columns: Tensor) -> 
 
 
 def assert_same_weights(unrounded: Tensor, pillows: Tensor) -> None:
-    """Float32 has places among 500 pixels to 3e-5 of a pixel: a hundredth of 255 levels."""
+    """Float32 knows places among 500 pixels to 3e-5 of one: of 255 levels, a hundredth of one."""
     assert unrounded.dtype == torch.float64
     assert unrounded.shape == pillows.shape
     assert float((unrounded - pillows).abs().max()) <= 0.02

@@ -6,15 +6,15 @@ import random
 from functools import lru_cache
 
 import numpy
-import pillow_reference
 import pytest
 import torch
-from assertions import assert_equal, assert_frequency, seeded
-from pillow_reference import CUTOUT_COLOUR, STRENGTHS, WITHOUT_STRENGTH, pictures, strength
 from torch import Tensor
 
+import pillow_reference
+from assertions import assert_equal, assert_frequency, seeded
 from common.image_ops import Draws
 from common.randaugment import OPERATIONS, RandAugment
+from pillow_reference import CUTOUT_COLOUR, STRENGTHS, WITHOUT_STRENGTH, pictures, strength
 
 torch.set_num_threads(1)
 

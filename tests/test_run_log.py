@@ -29,8 +29,8 @@ from common.distributed import Ranks
 from common.errors import UserError
 from common.progress import Progress
 from common.run_log import MAY_CHANGE, RunLog
+from processes import files, forking, in_child, limit_files_to
 from simsiam_cifar10.run import Config
-from tests.test_checkpoint import files, forking, in_child, limit_files_to
 
 torch.set_num_threads(1)
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from assertions import assert_equal
 from PIL import Image
-from pillow_reference import pictures, to_pillow, to_tensor
 from torch import Tensor
 
+from assertions import assert_equal
 from common.distributed import Ranks
 from common.image_ops import Chain, ColorJitter, Draws, RandomGrey, RandomResizedCrop
 from common.picture import picture_views
 from common.randaugment import RandAugment
 from common.seeding import epoch_order, generator_for
 from common.views import Regime, ViewMaker, Views
+from pillow_reference import pictures, to_pillow, to_tensor
 
 torch.set_num_threads(1)
 

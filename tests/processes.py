@@ -1,0 +1,57 @@
+"""Child processes whose rights or room tests can take away."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def forking() -> Any:
+    """Processes that start in milliseconds, where importing torch anew takes seconds."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    return multiprocessing.get_context("fork")
+
+
+def in_child(function: Callable[[], Any]) -> Any:
+    """Call a function in a process of its own, where it may limit or lower what it may do."""
+    context = forking()
+    receiving, sending = context.Pipe(duplex=False)
+
+    def run() -> None:
+        sys.stdout = sys.stderr = io.StringIO()  # pytest's are files, which a limit would hit
+        try:
+            sending.send((True, function()))
+        except BaseException:
+            sending.send((False, traceback.format_exc()))
+
+    process = context.Process(target=run)
+    process.start()
+    try:
+        assert receiving.poll(60), "no answer from the child process"
+        is_fine, answer = receiving.recv()
+    finally:
+        process.kill()
+        process.join()
+    if not is_fine:
+        raise AssertionError(answer)
+    return answer
+
+
+def limit_files_to(size: int | None) -> None:
+    """Let no file of this process grow beyond `size` bytes; it fails as on a full disk."""
+
+    soft = resource.RLIM_INFINITY if size is None else size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
