@@ -23,6 +23,7 @@ from common.shapes import CLASS_NAMES, shapes
 Dataset = Literal["cifar10", "folder", "shapes"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 SHAPES_TRAIN, SHAPES_TEST = 6000, 1000
 
 
@@ -209,7 +210,7 @@ def _decode(
     def read(index: int) -> None:
         try:
             pixels = decode_square(files[index], image_size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except BROKEN as error:
             if not skip_broken:
                 raise UserError(
                     f"{files[index]} cannot be decoded ({error}); mend or remove it, or leave "
@@ -238,10 +239,11 @@ def _decode(
     return images[kept], kept
 
 
-def decode_square(path: Path, size: int) -> np.ndarray:
-    """Decode an image file to RGB, uint8 `[size, size, 3]`.
+def decode(path: Path) -> Image.Image:
+    """Decode an image file to RGB; 16 bits a pixel are brought to 8, a palette's alpha is dropped.
 
-    Another size is resized as torchvision's Resize (shorter side, bicubic) and CenterCrop do.
+    Raises:
+        BROKEN: what Pillow raises on files that it cannot decode.
     """
     with Image.open(path) as source:
         if source.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
@@ -250,7 +252,15 @@ def decode_square(path: Path, size: int) -> np.ndarray:
             image = source.convert("RGBA")
         else:
             image = source
-        image = image.convert("RGB")
+        return image.convert("RGB")
+
+
+def decode_square(path: Path, size: int) -> np.ndarray:
+    """Decode an image file to RGB, uint8 `[size, size, 3]`.
+
+    Another size is resized as torchvision's Resize (shorter side, bicubic) and CenterCrop do.
+    """
+    image = decode(path)
     if image.size != (size, size):
         shorter = min(image.size)
         width, height = (int(size * length / shorter) for length in image.size)

@@ -201,7 +201,7 @@ class RunLog:
         try:
             for name, value in row.items():
                 if not isinstance(value, str):
-                    self._board.add_scalar(name, value, epoch)
+                    self._board.add_scalar(f"epoch/{name}", value, epoch)  # one group, x the epoch
             self._board.flush()
         except OSError as error:
             self.tell(

@@ -179,9 +179,9 @@ def test_killed_at_many_moments_and_continued_is_the_same_run(
 
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
-    assert [event.step for event in events.Scalars("knn")] == [0, 1, 2, 3]
-    logged = [event.value for event in events.Scalars("loss")]
+    assert [event.step for event in events.Scalars("epoch/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("epoch/knn")] == [0, 1, 2, 3]
+    logged = [event.value for event in events.Scalars("epoch/loss")]
     assert logged == pytest.approx([row["loss"] for row in metrics(run_dir)[1:4]], rel=1e-6)
 
 

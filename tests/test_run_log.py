@@ -65,7 +65,10 @@ def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: step and value of each scalar."""
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     names = events.Tags()["scalars"]
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+    return {
+        name.removeprefix("epoch/"): [(event.step, event.value) for event in events.Scalars(name)]
+        for name in names
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:

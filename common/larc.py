@@ -1,0 +1,71 @@
+"""LARC: SGD whose step is, tensor by tensor, a small share of the parameter's own norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+# Keeps the quotient finite, as in NVIDIA apex.
+EPSILON = 1e-8
+
+
+class LARC(torch.optim.Optimizer):
+    """Layer-wise Adaptive Rate Control over SGD with momentum, scaling without clipping.
+
+    You, Gitman & Ginsburg, *Large Batch Training of Convolutional Networks*, 2017
+    (arXiv 1708.03888), as in NVIDIA apex's `LARC(SGD(…), trust_coefficient, clip=False)`:
+
+        g ← (g + wd·p) · trust·‖p‖ / (‖g‖ + wd·‖p‖ + 1e-8)
+        m ← momentum·m + g,    p ← p − lr·m
+
+    each ‖·‖ over one whole tensor. Where ‖p‖ or ‖g‖ is 0, g stays as it is, without weight decay
+    too, as in apex: a bias that starts from 0 takes a plain SGD step first, and a parameter that
+    gets a zero gradient is moved by its momentum alone.
+
+    Gradients are taken as they are (under DDP already averaged over the ranks) and left as they
+    are: `p.grad` is the same after a step. A step never waits for the device.
+
+    Args:
+        params: as for `torch.optim.SGD`; a schedule sets `param_groups[…]["lr"]`.
+        lr: learning rate, 0 or more.
+        momentum: in [0, 1); no dampening, no Nesterov.
+        weight_decay: wd, 0 or more.
+        trust_coefficient: about ‖update‖/‖p‖ at a learning rate of 1, without momentum.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict],
+        lr: float,
+        momentum: float,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            decay, trust = group["weight_decay"], group["trust_coefficient"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                p_norm, g_norm = p.norm(), p.grad.norm()
+                rate = trust * p_norm / (g_norm + decay * p_norm + EPSILON)
+                # torch.where, not if: Python's if would fetch both norms from the device.
+                adapts = (p_norm != 0) & (g_norm != 0)
+                g = torch.where(adapts, (p.grad + decay * p) * rate, p.grad)
+                state = self.state[p]
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+                else:
+                    state["momentum_buffer"] = g
+                p.sub_(state["momentum_buffer"], alpha=group["lr"])

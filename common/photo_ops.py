@@ -1,0 +1,168 @@
+"""Flip, Gaussian blur, GridShuffle and the choice between augmentations, drawn per image.
+
+uint8 `[B, 3, H, W]` on any device, in the two steps of `common/image_ops.py`'s `Augmentation`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.image_ops import Augmentation, Draws, apply_in_groups, send, to_uint8
+
+
+def _draw_group(batch: int, probability: float, generator: torch.Generator) -> Tensor:
+    """0 with this probability, else −1: float32 `[batch, 1]`, for `apply_in_groups`."""
+    left = torch.rand(batch, 1, generator=generator) >= probability
+    return -left.to(torch.float32)
+
+
+class RandomFlip(Augmentation):
+    """Mirror an image left to right with this probability."""
+
+    columns = 1  # 0: flipped, −1: left
+
+    def __init__(self, probability: float = 0.5) -> None:
+        self.probability = probability
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        return _draw_group(batch, self.probability, generator)
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        group = draws.host[:, 0].to(torch.int64)
+        return apply_in_groups(images, group, [lambda part, rows: part.flip(3)])
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Convolve each image with its own Gaussian, exp(−d²/2σ²) for |d| ≤ radius, normalised.
+
+    Along x, then along y, in float32, rounded once at the end: within rounding of the exact sum.
+
+    Args:
+        images: uint8 `[B, 3, H, W]`; the outermost pixels are repeated beyond the border.
+        sigma: float32 `[B]`, above 0, in pixels.
+        radius: of the kernel, in pixels, the same for all.
+
+    Returns:
+        uint8 `[B, 3, H, W]`.
+    """
+    batch, channels, height, width = images.shape
+    distance = torch.arange(-radius, radius + 1, device=images.device)
+    weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
+    weights /= weights.sum(1, keepdim=True)
+    # Each channel of each image is a group of its own: a depthwise convolution of one big image.
+    groups = batch * channels
+    kernels = weights.repeat_interleave(channels, dim=0)[:, None]  # [B·3, 1, 2·radius + 1]
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = pixels.view(1, groups, height, width)
+    pixels = F.pad(pixels, (radius, radius, radius, radius), mode="replicate")
+    pixels = F.conv2d(pixels, kernels[:, :, None, :], groups=groups)
+    pixels = F.conv2d(pixels, kernels[:, :, :, None], groups=groups)
+    return to_uint8(pixels.add_(0.5)).view_as(images)
+
+
+class GaussianBlur(Augmentation):
+    """Blur an image with this probability by a Gaussian whose σ is drawn for it uniformly.
+
+    Args:
+        sigma: least and greatest σ, in pixels, above 0. The kernel reaches 4 times the greatest.
+        probability: of an image to be blurred at all.
+
+    Pillow's `ImageFilter.GaussianBlur(σ)`, which the authors use, approximates the Gaussian by
+    three box filters, rounded to 8 bits after each. TODO
+    """
+
+    columns = 2  # 0: blurred, −1: left; σ
+
+    def __init__(self, sigma: tuple[float, float] = (0.1, 2.0), probability: float = 0.5) -> None:
+        self.sigma = sigma
+        self.probability = probability
+        self.radius = math.ceil(4 * sigma[1])
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        group = _draw_group(batch, self.probability, generator)
+        sigma = torch.empty(batch, 1).uniform_(*self.sigma, generator=generator)
+        return torch.cat([group, sigma], dim=1)
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        group = draws.host[:, 0].to(torch.int64)
+        sigma = draws.device[:, 1]
+        return apply_in_groups(
+            images, group, [lambda part, rows: gaussian_blur(part, sigma[rows], self.radius)]
+        )
+
+
+class GridShuffle(Augmentation):
+    """Cut an image into grid × grid tiles, which change places by a uniform permutation.
+
+    A tile has ⌊H/grid⌋ × ⌊W/grid⌋ pixels; rows and columns beyond the last whole tile stay.
+    """
+
+    def __init__(self, grid: int) -> None:
+        self.grid = grid
+        # For each place, row by row: the tile that comes to lie there.
+        self.columns = grid * grid
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        order = torch.rand(batch, self.columns, generator=generator).argsort(dim=1)
+        return order.to(torch.float32)
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        batch, channels = images.shape[:2]
+        grid = self.grid
+        height, width = images.shape[2] // grid, images.shape[3] // grid
+        covered = (..., slice(grid * height), slice(grid * width))
+        tiles = images[covered].reshape(batch, channels, grid, height, grid, width)
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [B, grid², 3, height, width]
+        image = torch.arange(batch, device=images.device)[:, None]
+        tiles = tiles[image, draws.device.to(torch.int64)].unflatten(1, (grid, grid))
+        shuffled = images.clone()
+        shuffled[covered] = tiles.permute(0, 3, 1, 4, 2, 5).reshape(images[covered].shape)
+        return shuffled
+
+
+class RandomApply(Augmentation):
+    """For each image one augmentation with this probability, else the other, or none.
+
+    Both are drawn for the whole batch, so that an image's draws do not depend on the others'
+    choices; each computes only the images that chose it. Both have to keep the images' size.
+
+    Args:
+        augmentation: applied with `probability`.
+        probability: 0..1.
+        otherwise: applied to the other images; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        probability: float,
+        otherwise: Augmentation | None = None,
+    ) -> None:
+        self.augmentation = augmentation
+        self.probability = probability
+        self.choices = [augmentation] if otherwise is None else [augmentation, otherwise]
+        # 0: the first, 1: the other; then the draws of the first and those of the other.
+        self.columns = 1 + sum(choice.columns for choice in self.choices)
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        choice = torch.rand(batch, 1, generator=generator) >= self.probability
+        drawn = [choice.draw(batch, size, generator) for choice in self.choices]
+        return torch.cat([choice, *drawn], dim=1)
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        result = images.clone()
+        start = 1
+        for index, choice in enumerate(self.choices):
+            stop = start + choice.columns
+            own = draws.columns(start, stop)
+            start = stop
+            chosen = (draws.host[:, 0] == index).nonzero().flatten()
+            if len(chosen):
+                rows = send(chosen, images.device)
+                part = Draws(own.host[chosen], own.device[rows])
+                result.index_copy_(0, rows, choice.apply(images[rows], part))
+        return result
