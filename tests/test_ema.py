@@ -153,7 +153,7 @@ def test_make_target_keeps_the_mode(training: bool) -> None:
     assert all(module.training is training for module in make_target(online).modules())
 
 
-def test_one_copy_makes_independent_targets_of_a_wrapped_network() -> None:
+def test_the_online_network_may_be_wrapped() -> None:
     """DDP's wrapper adds a level of names, not parameters: order is what counts."""
 
     class Wrapper(nn.Module):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy
 import pytest
 import torch
-from assertions import seeded
 from torch import Tensor, nn
 
+from assertions import seeded
 from common.larc import LARC
 
 SHAPES = ((5, 7), (5,), (2, 3, 3, 3))
@@ -98,11 +98,11 @@ def test_the_step_does_not_depend_on_the_scale_of_the_gradient() -> None:
         results.append(params)
     for p, q, value in zip(*results, values, strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-11)
-        assert (value - p).norm() / value.norm() == pytest.approx(0.001, rel=1e-7)
+        assert ((value - p).norm() / value.norm()).item() == pytest.approx(0.001, rel=1e-7)
 
 
 def test_tensors_are_scaled_independently() -> None:
-    # One norm over both tensors would give (0.001, 0.004) / √17 · … to both.
+    # Each moves by trust · ‖p‖ against its gradient, whatever the other one does.
     small = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     large = nn.Parameter(torch.tensor([400.0], dtype=torch.float64))
     grads = [torch.tensor([8.0], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)]
