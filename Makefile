@@ -20,7 +20,7 @@ lint: .venv/installed-tests
 
 $(VENV_PYTHON):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with make PYTHON=…")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: requirements.txt pyproject.toml | $(VENV_PYTHON)
 	$(VENV_PYTHON) -m pip install -r requirements.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Mapping
@@ -20,18 +21,20 @@ def write_whole(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it cannot be written; the old one then stands.
     """
+    # By way of memory: writing to a file, torch.save tells a full disk as a RuntimeError.
+    content = io.BytesIO()
+    torch.save(dict(state), content)
     beside = path.with_name(path.name + ".partial")
     try:
         with beside.open("wb") as file:
-            torch.save(dict(state), file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except (OSError, RuntimeError) as error:
+    except OSError:
         with suppress(OSError):
             beside.unlink()
-        # torch.save reports a failed write as a RuntimeError of its zip writer.
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        raise
     _sync_folder(path.parent)
 
 
@@ -88,6 +91,7 @@ class Checkpoints:
         self.last = folder / last
         self.previous = folder / previous
         self.way_out = way_out
+        self._last_is_damaged = False
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep the last one as the previous one and write a new last one.
@@ -99,9 +103,10 @@ class Checkpoints:
         """
         self._keep_last()
         write_whole(self.last, state)
+        self._last_is_damaged = False
 
     def _keep_last(self) -> None:
-        if not self.last.exists():
+        if not self.last.exists() or self._last_is_damaged:
             return
         if self.previous.exists() and self.previous.samefile(self.last):
             return  # after a save that failed
@@ -130,6 +135,7 @@ class Checkpoints:
                 state = read_checkpoint(path)
             except UserError as error:
                 problems.append(str(error))
+                self._last_is_damaged = path == self.last
                 continue
             for problem in problems:
                 print(f"warning: {problem}; continuing from {path}")

@@ -39,7 +39,9 @@ class ImageSet:
         return len(self.images)
 
     def to(self, device: torch.device) -> ImageSet:
-        return replace(self, images=self.images.to(device))
+        """The set with images and labels on a device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, images=self.images.to(device), labels=labels)
 
 
 class Split(NamedTuple):
@@ -82,11 +84,12 @@ def load_images(
             ImageSet(train_images, train_labels, CLASS_NAMES),
             ImageSet(test_images, test_labels, CLASS_NAMES),
         )
-    _require(len(split.train), at_least, dataset if dataset != "folder" else data_root)
+    require_batch(len(split.train), at_least, dataset if dataset != "folder" else data_root)
     return split
 
 
-def _require(count: int, at_least: int, source: str) -> None:
+def require_batch(count: int, at_least: int, source: str) -> None:
+    """Refuse a batch that the set cannot fill."""
     if count < at_least:
         raise UserError(
             f"a batch of {at_least} does not fit a set of {count} images ({source}); "
@@ -137,7 +140,7 @@ def load_folder(
     files = list_images(train_folder)
     if not files:
         raise UserError(f"--data-root {root}: no images in {train_folder}")
-    _require(len(files), at_least, root)
+    require_batch(len(files), at_least, root)
     labels, class_names = label_by_folder(train_folder, files)
     if train_folder == folder or not class_names:
         _say_unlabelled(
@@ -225,7 +228,7 @@ def _decode(
         try:
             for _ in tqdm(done, "decoding", len(files), unit="image", disable=not ranks.is_main):
                 pass
-        except UserError:
+        except BaseException:  # Ctrl-C too does not wait for the rest
             pool.shutdown(cancel_futures=True)
             raise
     if not broken:

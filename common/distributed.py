@@ -7,6 +7,7 @@ function here speaks for the group; without torchrun each is a plain local opera
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def per_machine(self) -> int:
+        """How many processes of the group share this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def share(self, batch_size: int) -> slice:
         """The rows of a global batch that belong to this rank.
@@ -121,6 +127,18 @@ def start(device: str) -> Ranks:
     return Ranks(dist.get_rank(), world_size, chosen)
 
 
+def use_every_gpu(device: str) -> None:
+    """Where the machine has several GPUs and none was named, start again under torchrun on all.
+
+    Call it before anything else: the process is replaced.
+    """
+    if "WORLD_SIZE" in os.environ or device not in ("auto", "cuda"):
+        return
+    if torch.cuda.device_count() > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
 def finish() -> None:
     """Leave the group."""
     if dist.is_available() and dist.is_initialized():
@@ -140,6 +158,8 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
             f"--device {name}: not a device; try auto, cpu, cuda, cuda:1 or mps"
         ) from None
     if device.type == "cuda":
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"--device {name}: under torchrun each rank takes its own; use cuda")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
@@ -162,3 +182,10 @@ def no_sync(module: nn.Module) -> AbstractContextManager[None]:
 def unwrap(module: nn.Module) -> nn.Module:
     """The module itself, out of its DDP wrapper."""
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to `device` without waiting for work queued there."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

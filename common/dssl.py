@@ -29,6 +29,11 @@ class Part(NamedTuple):
     log: dict[str, Tensor]
 
 
+def own_projection(view: Tensor, z: Tensor) -> Tensor:
+    """The target of methods without a target network: the view's own projection."""
+    return z
+
+
 def loss_parts(
     model: nn.Module,
     forward: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -36,12 +41,13 @@ def loss_parts(
     regime: Regime,
     pull: Callable[[Tensor, Tensor], Tensor],
     reverse_weight: float = 0.0,
+    target: Callable[[Tensor, Tensor], Tensor] = own_projection,
 ) -> Iterator[Part]:
     """Yield the parts of a step's loss; call `part.loss.backward()` before asking for the next.
 
     Args:
         model: what `forward` calls; under DDP its gradients are reduced with the last part only.
-        forward: a view `[B, 3, H, W]` to prediction p and projection z, each float32 `[B, d]`.
+        forward: a view `[B, 3, H, W]` to prediction p and projection z, each `[B, d]`.
         views: from a `ViewMaker` of the same regime.
         regime: baseline joins the standard views, joint the heavy ones, symmetrically; dssl adds
             to the baseline each heavy view's pull towards its source.
@@ -49,13 +55,15 @@ def loss_parts(
             its second; no gradient reaches the target.
         reverse_weight: s, 0..1: the share of each asymmetric term that pulls the standard view
             towards its heavy one instead.
+        target: a view and its z to what others are pulled towards, `[B, d]`: z itself, or ξ by a
+            target network. Called once for each view that is a target, and for no other.
     """
     if regime != "dssl":
         first, second = views[2:] if regime == "joint" else views[:2]
         with no_sync(model):
             p_1, z_1 = forward(first)
         p_2, z_2 = forward(second)
-        symmetric = pull(p_1, z_2) + pull(p_2, z_1)
+        symmetric = pull(p_1, target(second, z_2)) + pull(p_2, target(first, z_1))
         yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
         return
 
@@ -63,23 +71,25 @@ def loss_parts(
     with no_sync(model):
         p_1, z_1 = forward(views.standard_1)
         p_heavy, z_heavy = forward(views.heavy_1)
-        asymmetric = pull(p_heavy, z_1)
+        target_1 = target(views.standard_1, z_1)
+        asymmetric = pull(p_heavy, target_1)
         log = {"asymmetric": asymmetric.detach(), "spread": spread(z_1)}
         yield Part((1 - s) * asymmetric, log)
 
         p_2, z_2 = forward(views.standard_2)
-        symmetric = pull(p_1, z_2)
+        target_2 = target(views.standard_2, z_2)
+        symmetric = pull(p_1, target_2)
         loss, log = symmetric, {"symmetric": symmetric.detach()}
         if s > 0:
-            reverse = pull(p_1, z_heavy)
+            reverse = pull(p_1, target(views.heavy_1, z_heavy))
             loss, log["reverse"] = loss + s * reverse, reverse.detach()
         yield Part(loss, log)
 
     p_heavy, z_heavy = forward(views.heavy_2)
-    symmetric, asymmetric = pull(p_2, z_1), pull(p_heavy, z_2)
+    symmetric, asymmetric = pull(p_2, target_1), pull(p_heavy, target_2)
     loss = symmetric + (1 - s) * asymmetric
     log = {"symmetric": symmetric.detach(), "asymmetric": asymmetric.detach()}
     if s > 0:
-        reverse = pull(p_2, z_heavy)
+        reverse = pull(p_2, target(views.heavy_2, z_heavy))
         loss, log["reverse"] = loss + s * reverse, reverse.detach()
     yield Part(loss, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,6 +12,12 @@ ConfigType = TypeVar("ConfigType")
 
 class UserError(ValueError):
     """A setting, a file or a machine that a user can put right; the message says how."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `UserError` with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 class StopRequested(Exception):  # noqa: N818 (a wish, not an error)
@@ -32,7 +39,9 @@ def run_script(main: Callable[[ConfigType], None], config: ConfigType) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except StopRequested as stop:
-        print("Stopped, with a checkpoint: the same command continues the run.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            message = "Stopped, with a checkpoint: the same command continues the run."
+            print(message, file=sys.stderr)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

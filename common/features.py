@@ -42,6 +42,19 @@ def extract_features(
             chunk = images[start + ranks.rank : stop : ranks.world_size]
             if len(chunk):
                 features.append(encode(chunk.to(ranks.device)).float())
+        if not features:  # fewer images than ranks
+            features.append(encode(images[:1].to(ranks.device))[:0].float())
     finally:
         backbone.train(was_training)
     return torch.cat(features)
+
+
+def accuracy(predictions: Tensor, labels: Tensor, ranks: Ranks) -> float:
+    """Percent of a whole set that is predicted right, each image counted once.
+
+    Args:
+        predictions: int64, this rank's share, as `extract_features` deals it out.
+        labels: int64 `[N]`, of the whole set.
+    """
+    truth = labels[ranks.rank :: ranks.world_size].to(predictions.device)
+    return 100 * ranks.sum((predictions == truth).sum()).item() / len(labels)

@@ -21,12 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to `device` without waiting for work queued there."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+from common.distributed import send
 
 
 @lru_cache(maxsize=64)
@@ -127,7 +122,7 @@ def apply_in_groups(
             part = slice(start, start + count)
             images[part] = function(images[part], rows[part])
             start += count
-    return torch.empty_like(images).index_copy_(0, rows, images)
+    return images[send(order.argsort(), images.device)]
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -325,7 +320,7 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return to_uint8(pixels.add_(0.5).clamp_(0, 255))
 
 
-class RandomResizedCrop(Augmentation):
+class RandomResizedCropFlip(Augmentation):
     """torchvision's RandomResizedCrop (aspect ratio 3/4..4/3), then a horizontal flip with p ½.
 
     Args:

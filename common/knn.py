@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.datasets import ImageSet
 from common.distributed import Ranks
-from common.features import extract_features
+from common.features import accuracy, extract_features
 
 NEIGHBOURS = 200  # k
 TEMPERATURE = 0.1  # τ
@@ -69,7 +69,5 @@ def knn_accuracy(
     bank = extract_features(backbone, train.images, encode, ranks, check)
     bank = ranks.gather(bank, len(train))
     queries = extract_features(backbone, test.images, encode, ranks, check)
-    labels = test.labels[ranks.rank :: ranks.world_size].to(ranks.device)
     predictions = knn_predict(queries, bank, train.labels.to(ranks.device), len(train.class_names))
-    correct = ranks.sum((predictions == labels).sum())
-    return 100 * correct.item() / len(test)
+    return accuracy(predictions, test.labels, ranks)

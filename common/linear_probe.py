@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from common.checkpoint import Checkpoints
 from common.datasets import ImageSet
-from common.distributed import Ranks, unwrap
+from common.distributed import Ranks, send, unwrap
 from common.errors import StopRequested
-from common.features import extract_features
+from common.features import accuracy, extract_features
 from common.image_ops import Augmentation, Draws
 from common.meter import Meter
 from common.seeding import epoch_order, generator_for
@@ -31,22 +31,22 @@ class LinearProtocol:
     epochs: int
     batch_size: int
     lr: float
-    momentum: float
     milestones: tuple[float, ...]  # as shares of the epochs
+    momentum: float = 0.9
 
 
 def linear_accuracy(
     backbone: nn.Module,
-    feature_dim: int,
     train: ImageSet,
     test: ImageSet,
     augmentation: Augmentation,
     encode_train: Callable[[Tensor], Tensor],
     encode_test: Callable[[Tensor], Tensor],
     protocol: LinearProtocol,
+    *,
     seed: int,
-    checkpoints: Checkpoints,
     stamp: int,
+    checkpoints: Checkpoints,
     ranks: Ranks,
     stop: StopFlag,
 ) -> float:
@@ -55,8 +55,7 @@ def linear_accuracy(
     Continues from its own checkpoints, written after each epoch and when a signal comes.
 
     Args:
-        backbone: put in eval mode; no gradient reaches it.
-        feature_dim: d of its features.
+        backbone: put in eval mode; no gradient reaches it. Its `feature_dim` is d.
         augmentation: of training images.
         encode_train, encode_test: uint8 images on the device to features `[B, d]`.
         stamp: identifies the backbone; a checkpoint of another backbone or protocol is not
@@ -67,7 +66,7 @@ def linear_accuracy(
     """
     batch_size = min(protocol.batch_size, len(train))
     batch_size -= batch_size % ranks.world_size
-    classifier = nn.Linear(feature_dim, len(train.class_names))
+    classifier = nn.Linear(backbone.feature_dim, len(train.class_names))
     nn.init.normal_(classifier.weight, std=0.01, generator=generator_for("classifier", seed))
     nn.init.zeros_(classifier.bias)
     model = ranks.wrap(classifier)
@@ -102,7 +101,7 @@ def linear_accuracy(
     for epoch in range(first_epoch, protocol.epochs):
         passed = sum(epoch >= share * protocol.epochs for share in protocol.milestones)
         optimiser.param_groups[0]["lr"] = protocol.lr * 0.1**passed
-        meter = Meter(ranks, {}, first_step)
+        meter = Meter(ranks, {}, first_step, "--linear-epochs 0 ends the run without it")
         batches = epoch_order(len(train), seed, epoch).split(batch_size)
         for step in range(first_step, len(batches)):
             # The last, smaller batch: as many images as divide among the ranks.
@@ -111,7 +110,7 @@ def linear_accuracy(
                 break
             rows = ranks.share(len(batch))
             draws = augmentation.draw(len(batch), size, generator_for("linear", seed, epoch, step))
-            index = batch[rows].to(ranks.device)
+            index = send(batch[rows], ranks.device)
             with torch.no_grad():
                 views = augmentation.apply(train.images[index], Draws.of(draws[rows], ranks.device))
                 features = encode_train(views).float()
@@ -135,6 +134,4 @@ def linear_accuracy(
     features = extract_features(backbone, test.images, encode_test, ranks, stop.check)
     with torch.no_grad():
         predictions = classifier(features).argmax(dim=1)
-    truth = test.labels[ranks.rank :: ranks.world_size].to(ranks.device)
-    correct = ranks.sum((predictions == truth).sum())
-    return 100 * correct.item() / len(test)
+    return accuracy(predictions, test.labels, ranks)

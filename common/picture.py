@@ -9,7 +9,7 @@ from torchvision.utils import make_grid
 
 from common.views import Views
 
-COLUMNS = 10
+PICTURED = 10  # images, one a column
 CELL = 96  # least size of an image in the picture, pixels
 
 
@@ -26,11 +26,11 @@ def picture_views(images: Tensor, views: Views) -> Image.Image:
     enlarge = max(1, CELL // size)
     strips = []
     for row in rows:
-        shown = row[:COLUMNS].cpu()
+        shown = row[:PICTURED].cpu()
         if shown.shape[2:] != (size, size):
             shown = torch.nn.functional.interpolate(shown, (size, size), mode="nearest")
         shown = shown.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-        strips.append(make_grid(shown, nrow=COLUMNS, padding=4, pad_value=255))
+        strips.append(make_grid(shown, nrow=PICTURED, padding=4, pad_value=255))
     label_height = 18
     strip_height, width = strips[0].shape[1:]
     picture = Image.new("RGB", (width, len(strips) * (strip_height + label_height)), "white")

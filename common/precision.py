@@ -10,7 +10,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The context for forward passes; losses and evaluation leave it and compute in fp32."""
+    """The context for forward passes; losses leave it and compute in fp32."""
     enabled = precision == "bf16" or (precision == "auto" and has_native_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 

@@ -24,7 +24,7 @@ class Progress:
     untrained_knn: float | None = None  # percent
     knn: float | None = None  # percent, the latest
     best_knn: float | None = None
-    linear: float | None = None  # percent, at the end of the run
+    linear: list[int] | None = None  # steps and probe epochs of the last row of linear accuracy
 
     def check_images(self, count: int) -> None:
         """Refuse to go on with another data set.

@@ -1,11 +1,12 @@
-"""ResNets for 32-px images: a 3 × 3 stem of stride 1, no max-pooling, no classifier."""
+"""ResNet backbones without classifier: our own for 32-px images, torchvision's for larger ones."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision import models
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from common.errors import UserError
 
@@ -19,7 +20,9 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, in
 
 
 class CifarResNet(nn.Module):
-    """Images `[B, 3, H, W]` to features `[B, feature_dim]` (512 for resnet18 at width 64).
+    """For 32 px: a 3 × 3 stem of stride 1, no max-pooling.
+
+    Images `[B, 3, H, W]` to features `[B, feature_dim]` (512 for resnet18 at width 64).
 
     Parameters are named as in torchvision's ResNet and start from PyTorch's defaults, as in the
     authors' script.
@@ -64,3 +67,14 @@ class CifarResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             features = stage(features)
         return features.mean(dim=(2, 3))
+
+
+def imagenet_resnet(architecture: Depth = "resnet50") -> ResNet:
+    """torchvision's ResNet, its initialisation included: images to features `[B, feature_dim]`.
+
+    Its state dict is torchvision's but for the classifier `fc`, which is missing.
+    """
+    network = models.get_model(architecture, weights=None)
+    network.feature_dim = network.fc.in_features
+    network.fc = nn.Identity()
+    return network

@@ -53,12 +53,12 @@ MAY_CHANGE = frozenset(
 
 
 class RunLog:
-    """The folder of one run. Only rank 0 writes; on other ranks every method does nothing.
+    """The folder of one run; only rank 0 writes.
 
     Args:
         folder: made where it is missing.
         config: the run's settings, plain values.
-        fresh: move aside what an earlier run left in the folder.
+        fresh: start anew: `open` moves aside what an earlier run left in the folder.
         ranks: this process's place.
 
     Raises:
@@ -69,6 +69,7 @@ class RunLog:
         folder = folder.resolve()
         self.folder = folder
         self.config = dict(config)
+        self.fresh = fresh
         self.ranks = ranks
         self.checkpoints = Checkpoints(folder)
         self.metrics_path = folder / "metrics.jsonl"
@@ -78,19 +79,13 @@ class RunLog:
         self._lock: IO[str] | None = None
         self._board: SummaryWriter | None = None
         if ranks.is_main:
-            self._lock = self._claim(fresh)
+            self._lock = self._claim()
         ranks.wait()
 
-    def _claim(self, fresh: bool) -> IO[str] | None:
+    def _claim(self) -> IO[str] | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = self._take_lock()
-            if fresh and any(path.name != ".lock" for path in self.folder.iterdir()):
-                aside = _first_free(self.folder)
-                self.folder.rename(aside)
-                self.folder.mkdir()
-                lock = self._take_lock()
-                print(f"The earlier run lies in {aside}.")
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
@@ -99,6 +94,13 @@ class RunLog:
                 "choose another with --run-dir"
             ) from error
         return lock
+
+    def _move_aside(self) -> None:
+        if any(path.name != ".lock" for path in self.folder.iterdir()):
+            aside = _first_free(self.folder)
+            self.folder.rename(aside)
+            self._lock = self._claim()
+            self.tell(f"The earlier run lies in {aside}.")
 
     def _take_lock(self) -> IO[str] | None:
         if fcntl is None:
@@ -121,9 +123,22 @@ class RunLog:
         Raises:
             UserError: if no checkpoint can be read, or its settings make another experiment.
         """
+        if self.fresh:
+            return None
         state = self.checkpoints.load()
         if state is None:
+            for name in ("best.pt", "backbone.pt"):
+                if (self.folder / name).exists():
+                    raise UserError(
+                        f"{self.folder} holds {name} but no checkpoint to continue from; choose "
+                        "another --run-dir, or start anew with --fresh (nothing is deleted)"
+                    )
             return None
+        if not {"config", "metrics_bytes"} <= state.keys():
+            raise UserError(
+                f"{self.checkpoints.last} is no checkpoint of a run; choose another --run-dir, or "
+                "start anew with --fresh (nothing is deleted)"
+            )
         saved = state["config"]
         changed = [
             f"{name} was {saved.get(name)!r}, now {self.config.get(name)!r}"
@@ -148,6 +163,8 @@ class RunLog:
         if not self.ranks.is_main:
             return
         try:
+            if self.fresh:
+                self._move_aside()
             self._write_config()
             with self.metrics_path.open("a") as file:
                 self.metrics_bytes = min(metrics_bytes, self.metrics_path.stat().st_size)
@@ -182,7 +199,7 @@ class RunLog:
         beside.write_text(text + "\n")
         beside.replace(path)
 
-    def write(self, epoch: int, row: Mapping[str, float | str]) -> None:
+    def write(self, epoch: int, row: Mapping[str, float]) -> None:
         """Append a row to metrics.jsonl, and its numbers to TensorBoard at `epoch`.
 
         Where the disk is full the row is kept and written with the next one or checkpoint.
@@ -200,8 +217,7 @@ class RunLog:
             return
         try:
             for name, value in row.items():
-                if not isinstance(value, str):
-                    self._board.add_scalar(f"epoch/{name}", value, epoch)  # one group, x the epoch
+                self._board.add_scalar(f"epoch/{name}", value, epoch)  # one group, x the epoch
             self._board.flush()
         except OSError as error:
             self.tell(
@@ -251,8 +267,12 @@ class RunLog:
         self._guard(self.checkpoints.last, write, must)
 
     def save_file(self, name: str, state: Mapping[str, Any], *, must: bool = False) -> None:
-        """Write another file of tensors into the folder; arguments as in `save`."""
-        self._guard(self.folder / name, lambda: write_whole(self.folder / name, state), must)
+        """Write another file of tensors into the folder, on the CPU, so that it loads anywhere.
+
+        Arguments as in `save`.
+        """
+        path = self.folder / name
+        self._guard(path, lambda: write_whole(path, _on_cpu(state)), must)
 
     def _guard(self, path: Path, write: Callable[[], None], must: bool) -> None:
         if not self.ranks.is_main:
@@ -292,7 +312,8 @@ class RunLog:
         if linear is not None:
             self.tell(f"linear accuracy  {linear:.2f} %")
         self.tell(f"views            {self.folder / 'views.png'}")
-        self.tell(f"TensorBoard      tensorboard --logdir {self.folder}")
+        board = f"{sys.executable} -m tensorboard.main --logdir {self.folder}"
+        self.tell(f"TensorBoard      {board}")
         self.tell(f"weights          {self.folder / 'backbone.pt'}")
         self.tell(f"metrics          {self.metrics_path}")
 
@@ -304,6 +325,12 @@ class RunLog:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _on_cpu(state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {name: _on_cpu(value) for name, value in state.items()}
+    return state.cpu() if isinstance(state, torch.Tensor) else state
 
 
 def _first_free(folder: Path) -> Path:

@@ -20,3 +20,13 @@ def warmup_cosine(epoch: int, epochs: int, warmup_epochs: int, peak: float) -> f
         return peak * epoch / (warmup_epochs - 1)
     share = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return peak * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def cosine(epoch: int, epochs: int, peak: float) -> float:
+    """The ImageNet schedule, also the probes': `peak · ½(1 + cos(πe/E))`.
+
+    Args:
+        epoch: e, 0..epochs − 1.
+        peak: the learning rate of epoch 0.
+    """
+    return peak * 0.5 * (1 + math.cos(math.pi * epoch / epochs))

@@ -46,13 +46,18 @@ class ViewMaker:
             drawn += [self.heavy.draw(batch, size, generator) for _ in range(2)]
         return torch.cat(drawn, dim=1)
 
-    def make(self, images: Tensor, draws: Tensor) -> Views:
-        """Views of uint8 images `[B, 3, H, W]` by CPU draws `[B, columns]`: uint8, same device."""
+    def make(self, images: Tensor, draws: Tensor, other: Tensor | None = None) -> Views:
+        """Views of uint8 images `[B, 3, H, W]` by CPU draws `[B, columns]`: uint8, same device.
+
+        Args:
+            other: another crop of the same images, for the second standard view.
+        """
         sent = Draws.of(draws, images.device)
         edge_1 = self.standard.columns
         edge_2 = 2 * edge_1
         standard_1 = self.standard.apply(images, sent.columns(0, edge_1))
-        standard_2 = self.standard.apply(images, sent.columns(edge_1, edge_2))
+        second = images if other is None else other
+        standard_2 = self.standard.apply(second, sent.columns(edge_1, edge_2))
         if self.regime == "baseline":
             return Views(standard_1, standard_2, None, None)
         edge_3 = edge_2 + self.heavy.columns

@@ -28,12 +28,12 @@ from common.checkpoint import Checkpoints
 from common.datasets import Dataset, load_images
 from common.distributed import unwrap
 from common.dssl import loss_parts
-from common.errors import StopRequested, UserError, run_script
+from common.errors import StopRequested, require, run_script
 from common.image_ops import normalise, resize_centre_crop
 from common.knn import knn_accuracy
 from common.linear_probe import LinearProtocol, linear_accuracy
 from common.meter import Meter, require_finite
-from common.picture import picture_views
+from common.picture import PICTURED, picture_views
 from common.precision import Precision, autocast
 from common.progress import Bar, Progress
 from common.resnet import Depth
@@ -65,26 +65,26 @@ class Config:
     randaug_num_ops: int = 2  # N of RandAugment(N, M), the heavy view
     randaug_magnitude: int = 9  # M, 0..30
     # model
-    backbone: Depth = "resnet18"
-    width: int = 64  # channels of the backbone's first stage
+    backbone: Depth = "resnet18"  # with the stem for 32 px
+    width: int = 64  # channels of the backbone's first stage, a multiple of 8
     projector_dim: int = 2048  # d, of z and p
     predictor_dim: int = 512  # the predictor's bottleneck
     # loss
     reverse_weight: float = 0.1  # s, 0..1: softens the direction (soft_loss_rate); dssl only
     # optimisation
-    epochs: int = 800
-    warmup_epochs: int = 10
+    epochs: int = 800  # of the whole schedule
+    warmup_epochs: int = 10  # of linear warm-up; a cosine follows
     batch_size: int = 512  # global, over all processes
     base_lr: float = 0.03  # for a batch of 256; scales with the batch
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # on every parameter
     # evaluation
     knn_every: int = 1  # epochs; 0: only at the end
     linear_epochs: int = 100  # linear evaluation at the end; 0: none
     # run
     max_steps: int = 0  # end after so many steps, for a try; 0: no limit
     checkpoint_minutes: float = 10  # within an epoch; each epoch ends with a checkpoint anyway
-    seed: int = 0
+    seed: int = 0  # of weights, order, views and shapes
     device: str = "auto"  # auto: CUDA, else MPS, else CPU
     precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
     compile: bool = False  # torch.compile the network
@@ -92,40 +92,29 @@ class Config:
     fresh: bool = False  # start anew; what lies in run_dir is moved aside
 
 
+def check(config: Config) -> None:
+    """Refuse settings that make no sense, before anything is loaded or moved."""
+    for name in ("knn_every", "linear_epochs", "max_steps", "seed"):
+        require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} is 0 or more")
+    require(0 <= config.reverse_weight <= 1, "--reverse-weight lies in 0..1")
+    require(
+        0 <= config.warmup_epochs < config.epochs,
+        f"--warmup-epochs {config.warmup_epochs} must lie below --epochs {config.epochs}",
+    )
+
+
 def main(config: Config) -> None:
     # ---------------------------------------------------------------- setup
+    check(config)
     ranks = distributed.start(config.device)
     device = ranks.device
     rows = ranks.share(config.batch_size)
-    if not 0 <= config.warmup_epochs < config.epochs:
-        raise UserError(
-            f"--warmup-epochs {config.warmup_epochs} must lie below --epochs {config.epochs}"
-        )
+    require(config.batch_size >= 2 * ranks.world_size, "--batch-size: BatchNorm needs 2 a process")
     view_maker = ViewMaker(
         standard_augmentation(IMAGE_SIZE),
         heavy_augmentation(config.randaug_num_ops, config.randaug_magnitude),
         config.regime,
     )
-    name = f"{config.regime}-seed{config.seed}"
-    run_dir = Path(config.run_dir or REPOSITORY / "runs" / "simsiam_cifar10" / name)
-    log = RunLog(run_dir, asdict(config), config.fresh, ranks)
-    saved = log.load_checkpoint()
-
-    # ---------------------------------------------------------------- data
-    train, test = load_images(
-        config.dataset,
-        config.data_root,
-        IMAGE_SIZE,
-        config.seed,
-        config.skip_broken,
-        config.batch_size,
-        ranks,
-    )
-    train = train.to(device)
-    steps_per_epoch = len(train) // config.batch_size
-    last_step = config.epochs * steps_per_epoch
-    if config.max_steps:
-        last_step = min(last_step, config.max_steps)
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(config.seed)
@@ -147,6 +136,28 @@ def main(config: Config) -> None:
 
     def encode_test(images: Tensor) -> Tensor:
         return encode(resize_centre_crop(images, 36, IMAGE_SIZE, "bicubic"))
+
+    # ---------------------------------------------------------------- data
+    name = f"{config.regime}-seed{config.seed}"
+    run_dir = Path(config.run_dir or REPOSITORY / "runs" / "simsiam_cifar10" / name)
+    log = RunLog(run_dir, asdict(config), config.fresh, ranks)
+    saved = log.load_checkpoint()
+    train, test = load_images(
+        config.dataset,
+        config.data_root,
+        IMAGE_SIZE,
+        config.seed,
+        config.skip_broken,
+        config.batch_size,
+        ranks,
+    )
+    train, test = train.to(device), test and test.to(device)
+    steps_per_epoch = len(train) // config.batch_size
+    last_step = config.epochs * steps_per_epoch
+    if config.max_steps:
+        last_step = min(last_step, config.max_steps)
+
+    stop = StopFlag(ranks)
 
     def evaluate() -> float:
         ranks.broadcast_buffers(network)
@@ -181,13 +192,12 @@ def main(config: Config) -> None:
         log.save({**state, "progress": asdict(progress)}, must=must)
 
     # ---------------------------------------------------------------- train
-    stop = StopFlag(ranks)
     last_epoch = -(-last_step // steps_per_epoch)
     size = (train.images.shape[2], train.images.shape[3])
     bar = Bar(last_step, max(0, progress.epoch - 1) * steps_per_epoch + progress.step, ranks)
     try:
         if progress.epoch == 0:
-            shown = train.images[:10]
+            shown = train.images[:PICTURED]
             draws = view_maker.draw(len(shown), size, generator_for("picture", config.seed))
             log.picture(picture_views(shown, view_maker.make(shown, draws)))
             if test is not None:
@@ -219,63 +229,66 @@ def main(config: Config) -> None:
                 optimiser.step()
 
                 due = time.monotonic() - last_save > 60 * config.checkpoint_minutes
+                last_save = time.monotonic() if due else last_save
                 meter.end_step({"stop": stop.requested, "checkpoint": due and ranks.is_main})
                 bar.step(epoch, meter.latest, config.batch_size)
                 if meter.take_request("stop"):
                     raise StopRequested(stop.exit_status)
                 if meter.take_request("checkpoint"):
                     save()
-                    last_save = time.monotonic()
 
             meter.flush()
+            require_finite(network)
             row = {**meter.means(), "lr": lr, "images_per_second": bar.images_per_second}
-            if steps < steps_per_epoch:
-                save()  # --max-steps ends within the epoch; a higher one goes on from here
+            is_whole = steps == steps_per_epoch
+            if not is_whole:
+                save(must=True)  # --max-steps ends within the epoch; a higher one goes on from here
             is_evaluated = config.knn_every and epoch % config.knn_every == 0
             if test is not None and (is_evaluated or epoch == last_epoch):
                 progress.knn = row["knn"] = evaluate()
-                if progress.best_knn is None or progress.knn > progress.best_knn:
+                if is_whole and progress.knn > (progress.best_knn or 0):
                     progress.best_knn = progress.knn
                     best = {"model": network.state_dict(), "epoch": epoch, "knn": progress.knn}
                     log.save_file("best.pt", best)
             log.write(epoch, row)
             log.tell_epoch(epoch, last_epoch, row)
-            if steps == steps_per_epoch:
+            if is_whole:
                 progress.epoch, meter = epoch + 1, Meter(ranks, {}, 0)
                 save(must=epoch == last_epoch)
     except StopRequested:
         save(must=True)
+        ranks.wait()  # torchrun ends the others as soon as one has left
         raise
     finally:
         bar.close()
 
     # ---------------------------------------------------------------- result
     ranks.broadcast_buffers(network)
+    log.save_file("backbone.pt", network.backbone.state_dict(), must=True)
     linear = None
     if test is not None and config.linear_epochs:
+        done = [(progress.epoch - 1) * steps_per_epoch + progress.step, config.linear_epochs]
         linear = linear_accuracy(
             network.backbone,
-            network.backbone.feature_dim,
             train,
             test,
             probe_augmentation(IMAGE_SIZE),
             encode,
             encode_test,
-            LinearProtocol(config.linear_epochs, 256, 30.0, 0.9, milestones=(0.6, 0.8)),
-            config.seed,
-            Checkpoints(
-                run_dir, "linear_last.pt", "linear_previous.pt", "remove these two to train anew"
+            LinearProtocol(config.linear_epochs, batch_size=256, lr=30.0, milestones=(0.6, 0.8)),
+            seed=config.seed,
+            stamp=done[0],
+            checkpoints=Checkpoints(
+                log.folder, "linear_last.pt", "linear_previous.pt", "remove these to train anew"
             ),
-            last_step,
-            ranks,
-            stop,
+            ranks=ranks,
+            stop=stop,
         )
-        if linear != progress.linear:  # or it stands in the log already
+        if progress.linear != done:  # otherwise the row stands in the log already
             log.write(last_epoch, {"linear": linear})
-            progress.linear = linear
+            progress.linear = done
             if progress.epoch > last_epoch:
                 save(must=True)
-    log.save_file("backbone.pt", network.backbone.state_dict(), must=True)
     log.tell_result(progress, linear)
     log.close()
     distributed.finish()

@@ -28,7 +28,7 @@ from common.image_ops import (
     ColorJitter,
     Draws,
     RandomGrey,
-    RandomResizedCrop,
+    RandomResizedCropFlip,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
@@ -328,7 +328,7 @@ def test_crops_have_pillows_weights(
 ) -> None:
     monkeypatch.setattr(image_ops, "resample", resample_without_rounding)
     images = cached_pictures(count, source)
-    augmentation = RandomResizedCrop(size, (0.2, 1), kernel)
+    augmentation = RandomResizedCropFlip(size, (0.2, 1), kernel)
     draws = augmentation.draw(count, source, seeded(10))
     channels = channels_in_floating_point(images)
     for_each_channel = draws.repeat_interleave(3, dim=0)
@@ -342,7 +342,7 @@ def test_crops_equal_pillows_along_x_then_y(
     source: Size, size: int, count: int, kernel: str
 ) -> None:
     images = cached_pictures(count, source)
-    augmentation = RandomResizedCrop(size, (0.2, 1), kernel)
+    augmentation = RandomResizedCropFlip(size, (0.2, 1), kernel)
     draws = augmentation.draw(count, source, seeded(11))
     result = augmentation.apply(images, Draws.of(draws))
     expected = to_tensor(crop_by_pillow(to_pillow(images), draws, size, kernel, resize_x_first))
@@ -354,7 +354,7 @@ def test_crops_equal_pillows_along_x_then_y(
 def test_bilinear_crops_that_grow_to_32_equal_pillows_bit_for_bit(source: Size) -> None:
     """CIFAR-10's case: the weights are 64ths, which float32 and Pillow's integers hold exactly."""
     images = cached_pictures(300, source)
-    augmentation = RandomResizedCrop(32, (0.2, 1))
+    augmentation = RandomResizedCropFlip(32, (0.2, 1))
     draws = augmentation.draw(300, source, seeded(12))
     expected = to_tensor(crop_by_pillow(to_pillow(images), draws, 32, "bilinear"))
     assert_equal(augmentation.apply(images, Draws.of(draws)), expected, "bilinear crops")
@@ -376,7 +376,7 @@ def test_pillow_takes_x_first_but_for_tall_crops(
     source: Size, size: int, count: int, kernel: str
 ) -> None:
     """So `resample` has Pillow's own order; of 32-pixel images, at 32 pixels, no crop is tall."""
-    draws = RandomResizedCrop(size, (0.2, 1)).draw(count, source, seeded(13))
+    draws = RandomResizedCropFlip(size, (0.2, 1)).draw(count, source, seeded(13))
     wide = ~tall(draws, size)
     assert int(wide.sum()) >= count / 2
     images = to_pillow(cached_pictures(count, source)[wide])
@@ -396,7 +396,7 @@ def test_tall_crops_against_pillows_along_y_then_x(source: Size, size: int, kern
     range, 32 levels, which is cut off after each axis. All 4 x 4 patterns in black and white, at
     places in steps of 1/20 pixel, come to 30, random ones in tall crops to 31.
     """
-    augmentation = RandomResizedCrop(size, (0.2, 1), kernel)
+    augmentation = RandomResizedCropFlip(size, (0.2, 1), kernel)
     draws = augmentation.draw(200, source, seeded(14))
     draws = draws[tall(draws, size)]
     assert len(draws) >= 20
@@ -418,7 +418,7 @@ def test_tall_crops_against_pillows_along_y_then_x(source: Size, size: int, kern
 def test_the_whole_image_at_its_own_size(kernel: str) -> None:
     images = cached_pictures(30, (40, 40))
     whole = torch.tensor([[0.0, 0, 40, 40, flip] for flip in (0, 1)]).repeat(15, 1)
-    result = RandomResizedCrop(40, (1, 1), kernel).apply(images, Draws.of(whole))
+    result = RandomResizedCropFlip(40, (1, 1), kernel).apply(images, Draws.of(whole))
     assert_equal(result[0::2], images[0::2], "unchanged")
     assert_equal(result[1::2], images[1::2].flip(3), "mirrored")
 
@@ -431,7 +431,7 @@ def test_pixels_outside_the_box_take_no_part() -> None:
         images[:, :, top : top + height, left : left + width] = 100
         for kernel, flip, size in itertools.product(RESAMPLING, (0, 1), (8, 20, 50)):
             draws = torch.tensor([[*box, flip]], dtype=torch.float32)
-            result = RandomResizedCrop(size, (0.2, 1), kernel).apply(images, Draws.of(draws))
+            result = RandomResizedCropFlip(size, (0.2, 1), kernel).apply(images, Draws.of(draws))
             assert result.unique().tolist() == [100]
 
 
@@ -524,7 +524,7 @@ def test_the_fallback_of_long_images() -> None:
 
 
 def test_half_the_crops_are_flipped() -> None:
-    draws = RandomResizedCrop(32, (0.2, 1)).draw(20_000, (48, 48), seeded(19))
+    draws = RandomResizedCropFlip(32, (0.2, 1)).draw(20_000, (48, 48), seeded(19))
     flip, left = draws[:, 4], draws[:, 1]
     assert flip.unique().tolist() == [0, 1]
     assert_frequency(flip == 1, 1 / 2, "flipped")
@@ -641,14 +641,14 @@ def test_all_images_in_one_group(number: int) -> None:
 # What holds for every augmentation ---------------------------------------------------------------
 
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "crop": RandomResizedCrop(24, (0.2, 1)),
-    "bicubic crop": RandomResizedCrop(24, (0.2, 1), "bicubic"),
+    "crop": RandomResizedCropFlip(24, (0.2, 1)),
+    "bicubic crop": RandomResizedCropFlip(24, (0.2, 1), "bicubic"),
     "jitter": ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
     "grey": RandomGrey(probability=0.5),
     "RandAugment": RandAugment(2, 9),
     "chain": Chain(
         RandAugment(2, 9),
-        RandomResizedCrop(24, (0.2, 1)),
+        RandomResizedCropFlip(24, (0.2, 1)),
         ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
         RandomGrey(probability=0.2),
     ),
@@ -715,7 +715,8 @@ def test_the_same_image_many_times_becomes_many(name: str) -> None:
 
 def test_chain_is_one_after_another() -> None:
     """Each part gets its own columns, drawn for the size that the parts before it leave."""
-    parts = (RandomResizedCrop(20, (0.8, 1)), RandAugment(2, 16), RandomResizedCrop(12, (0.2, 1)))
+    first, last = RandomResizedCropFlip(20, (0.8, 1)), RandomResizedCropFlip(12, (0.2, 1))
+    parts = (first, RandAugment(2, 16), last)
     chain = Chain(*parts)
     images = cached_pictures(30, ODD_SIZE)
     draws = chain.draw(30, ODD_SIZE, seeded(26))

@@ -105,6 +105,7 @@ class Probe:
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
+        self.backbone.feature_dim = DIM
         self.backbone(torch.rand(8, 3, 5, 4))  # moves the running averages away from their start
         self.checkpoints = Recorder(folder)
         self.train = image_set(TRAIN, seed=1) if train is None else train
@@ -135,18 +136,17 @@ class Probe:
     def run(self, protocol: LinearProtocol, seed: int = 0, stamp: int = 7) -> float:
         return linear_accuracy(
             self.backbone,
-            DIM,
             self.train,
             self.test,
             Brighten(),
             self.encode_train,
             self.encode_test,
             protocol,
-            seed,
-            self.checkpoints,
-            stamp,
-            ALONE,
-            StopFlag(ALONE),
+            seed=seed,
+            stamp=stamp,
+            checkpoints=self.checkpoints,
+            ranks=ALONE,
+            stop=StopFlag(ALONE),
         )
 
 

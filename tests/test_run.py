@@ -109,7 +109,7 @@ def whole_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     done = run(command(folder, run_dir))
     assert "untrained" in done.stdout
-    assert f"tensorboard --logdir {run_dir}" in done.stdout
+    assert f"-m tensorboard.main --logdir {run_dir}" in done.stdout
     return run_dir
 
 

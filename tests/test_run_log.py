@@ -85,7 +85,7 @@ def run_epochs(
     saved = log.load_checkpoint()
     log.open(saved["metrics_bytes"] if saved else 0, saved["next"] if saved else 0)
     for epoch in epochs:
-        log.write(epoch, {"loss": values + epoch, "note": "text"})
+        log.write(epoch, {"loss": values + epoch})
         if epoch == checkpoint_after:
             log.save({"next": epoch + 1})
 
@@ -105,7 +105,7 @@ def test_what_came_after_the_checkpoint_is_forgotten(folder: Path) -> None:
     run_epochs(folder, range(4, 8), values=0.25, checkpoint_after=7)
 
     expected = [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.25), (5, 5.25), (6, 6.25), (7, 7.25)]
-    rows = [{"epoch": epoch, "loss": loss, "note": "text"} for epoch, loss in expected]
+    rows = [{"epoch": epoch, "loss": loss} for epoch, loss in expected]
     assert rows_of(folder) == rows
     assert events_of(folder) == {"loss": expected}  # every epoch once, and no text
 
@@ -137,7 +137,7 @@ def test_lost_metrics_do_not_come_back_as_zeros(folder: Path) -> None:
     run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
     (folder / "metrics.jsonl").unlink()
     run_epochs(folder, range(3, 4), values=0.5)
-    assert rows_of(folder) == [{"epoch": 3, "loss": 3.5, "note": "text"}]
+    assert rows_of(folder) == [{"epoch": 3, "loss": 3.5}]
 
 
 def test_a_checkpoint_holds_state_settings_and_the_log_s_length(folder: Path) -> None:
@@ -177,7 +177,7 @@ def test_other_ranks_write_nothing(
     main.write(1, {"loss": 1.5})
     main.save({"next": 2})
     before = contents(folder)
-    log = open_log(folder, ranks=NOT_MAIN, fresh=True)
+    log = open_log(folder, ranks=NOT_MAIN)
     assert log.load_checkpoint()["next"] == 2  # reading is every rank's
     log.open(0, 0)
     log.write(1, {"loss": 0.5})
@@ -337,19 +337,32 @@ def test_fresh_moves_aside_and_deletes_nothing(
     assert {"config.json", "metrics.jsonl", "last.pt"} < first.keys()
     log = open_log(folder, {"another": "experiment"}, fresh=True)
     assert log.load_checkpoint() is None
-    assert files(folder) == [".lock"]
+    assert contents(folder) == first, "nothing moves before the run is sure to start"
+    capsys.readouterr()
+    log.open(0, 0)
     assert capsys.readouterr().out == f"The earlier run lies in {folder}.1.\n"
-    (folder / "note.txt").write_text("second")
-    del log
-    open_log(folder, fresh=True)
-    assert files(folder) == [".lock"]
+    assert contents(folder.parent / "a run.1") == first
+    log.close()
+    second = contents(folder)
+    assert "last.pt" not in second
+    log = open_log(folder, fresh=True)
+    log.open(0, 0)
+    log.close()
     assert files(folder.parent) == ["a run", "a run.1", "a run.2"]
     assert contents(folder.parent / "a run.1") == first
-    assert contents(folder.parent / "a run.2") == {"note.txt": b"second"}
+    assert contents(folder.parent / "a run.2") == second
     capsys.readouterr()
-    open_log(folder, fresh=True)  # nothing to move
-    assert files(folder.parent) == ["a run", "a run.1", "a run.2"]
+    log = open_log(folder.parent / "new", fresh=True)
+    log.open(0, 0)  # nothing to move
+    assert files(folder.parent) == ["a run", "a run.1", "a run.2", "new"]
     assert capsys.readouterr().out == ""
+
+
+def test_a_folder_whose_checkpoints_were_deleted_is_not_overwritten(folder: Path) -> None:
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
+    (folder / "last.pt").rename(folder / "backbone.pt")
+    with pytest.raises(UserError, match=r"holds backbone\.pt but no checkpoint.*--fresh"):
+        open_log(folder).load_checkpoint()
 
 
 @pytest.mark.parametrize("fresh_before", [False, True])

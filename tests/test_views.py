@@ -14,7 +14,7 @@ from torch import Tensor
 
 from assertions import assert_equal
 from common.distributed import Ranks
-from common.image_ops import Chain, ColorJitter, Draws, RandomGrey, RandomResizedCrop
+from common.image_ops import Chain, ColorJitter, Draws, RandomGrey, RandomResizedCropFlip
 from common.picture import picture_views
 from common.randaugment import RandAugment
 from common.seeding import epoch_order, generator_for
@@ -28,7 +28,7 @@ COUNT = 32
 IMAGE_SIZE = (40, 30)  # height, width: larger than a view, and oblong
 VIEW_SIZE = 24
 STANDARD = Chain(
-    RandomResizedCrop(VIEW_SIZE, (0.2, 1)),
+    RandomResizedCropFlip(VIEW_SIZE, (0.2, 1)),
     ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
     RandomGrey(probability=0.2),
 )
@@ -202,7 +202,7 @@ def test_cells_show_the_views_enlarged(
     size: int, side: int, count: int, columns: int, regime: Regime
 ) -> None:
     source = pictures(count, (size, size))
-    maker = ViewMaker(RandomResizedCrop(size, (0.2, 1)), HEAVY, regime)
+    maker = ViewMaker(RandomResizedCropFlip(size, (0.2, 1)), HEAVY, regime)
     views = maker.make(source, maker.draw(count, (size, size), generator_for("picture", 0)))
     rows = [source, *(view for view in views if view is not None)]
     expected = [
