@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(VENV_PYTHON) simsiam_cifar10/run.py $(DEMO)
 
 test: .venv/installed-tests
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-tests
 	.venv/bin/ruff check .

@@ -15,6 +15,7 @@ from common import distributed
 from common.datasets import ImageSet
 from common.distributed import Ranks, unwrap
 from common.dssl import loss_parts
+from common.ema import make_target
 from common.errors import UserError
 from common.features import extract_features
 from common.knn import knn_accuracy
@@ -24,7 +25,11 @@ from simsiam_cifar10.loss import pull
 from simsiam_cifar10.model import SimSiam
 
 BATCH = 32
-CASES = [("baseline", 0.0), ("joint", 0.0), ("dssl", 0.0), ("dssl", 0.1)]
+BYOL = -1.0  # in place of s: targets by a target network
+CASES = [
+    *[(regime, s) for regime in ("baseline", "joint", "dssl") for s in (0.0, BYOL)],
+    ("dssl", 0.1),
+]
 
 
 def make_network(norm: bool) -> SimSiam:
@@ -44,7 +49,12 @@ def make_views() -> Views:
 
 
 def gradients(model: nn.Module, views: Views, regime: str, s: float) -> dict[str, torch.Tensor]:
-    for part in loss_parts(model, model, views, regime, pull, s):
+    target_network = make_target(unwrap(model))
+
+    def target(view: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return target_network(view)[1] if s < 0 else z
+
+    for part in loss_parts(model, model, views, regime, pull, max(s, 0), target):
         part.loss.backward()
     return {name: p.grad.clone() for name, p in unwrap(model).named_parameters()}
 

@@ -193,3 +193,34 @@ def test_no_view_is_passed_twice_or_in_vain(regime: str, passes: int) -> None:
     for part in loss_parts(network, network, make_views(regime), regime, pull, 0.1):
         part.loss.backward()
     assert next(network.calls) == passes
+
+
+@pytest.mark.parametrize("regime", ["baseline", "joint", "dssl"])
+def test_a_target_network_sees_each_target_view_once_and_gets_no_gradient(regime: str) -> None:
+    views = make_views(regime)
+    online, target_network = make_network(), make_network()
+    for parameter in target_network.parameters():
+        parameter.data.mul_(1.5)
+    seen: list[int] = []
+
+    def target(view: Tensor, z: Tensor) -> Tensor:
+        seen.append(next(index for index, other in enumerate(views) if other is view))
+        return target_network(view)[1]  # with a graph: the pair loss alone has to stop it
+
+    loss = 0.0
+    for part in loss_parts(online, online, views, regime, pull, target=target):
+        part.loss.backward()
+        loss += part.loss.item()
+    assert sorted(seen) == ([2, 3] if regime == "joint" else [0, 1])
+    assert all(parameter.grad is None for parameter in target_network.parameters())
+
+    first, second = views[2:] if regime == "joint" else views[:2]
+    whole, other = make_network(), make_network()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    xi_1, xi_2 = other(first)[1], other(second)[1]
+    expected = pull(whole(first)[0], xi_2) + pull(whole(second)[0], xi_1)
+    if regime == "dssl":
+        expected = expected + pull(whole(views.heavy_1)[0], xi_1)
+        expected = expected + pull(whole(views.heavy_2)[0], xi_2)
+    assert loss == pytest.approx(expected.item(), abs=1e-6)

@@ -11,11 +11,13 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from byol_harder_aug_imagenet.model import BYOL
 from common.collapse import spread
 from common.errors import UserError
-from common.resnet import CifarResNet
+from common.resnet import CifarResNet, imagenet_resnet
 from simsiam_cifar10.loss import pull
 from simsiam_cifar10.model import SimSiam
+from simsiam_imagenet.model import SimSiam as ImageNetSimSiam
 
 torch.set_num_threads(1)
 
@@ -308,3 +310,60 @@ def test_spread_computes_in_fp32_and_carries_no_gradient(dtype: torch.dtype) -> 
     assert result.dtype == torch.float32
     assert not result.requires_grad
     assert result.item() == pytest.approx(directions.std(axis=0).mean() * 32**0.5, rel=1e-5)
+
+
+# ---------------------------------------------------------------- ImageNet
+
+
+def test_imagenet_backbone_is_torchvisions_but_for_the_classifier() -> None:
+    torch.manual_seed(0)
+    backbone = imagenet_resnet("resnet50")
+    assert backbone.feature_dim == 2048
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet50(weights=None)
+    missing = reference.load_state_dict(backbone.state_dict(), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"]
+    assert missing.unexpected_keys == []
+    torch.manual_seed(0)
+    fresh = torchvision.models.resnet50(weights=None)
+    assert torch.equal(fresh.conv1.weight, backbone.conv1.weight), "torchvision's initialisation"
+    backbone.eval()
+    assert backbone(torch.rand(2, 3, 64, 64)).shape == (2, 2048)
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_simsiam_imagenet_heads_and_initialisation() -> None:
+    torch.manual_seed(0)
+    network = ImageNetSimSiam("resnet18", projector_dim=2048, predictor_dim=512)
+    linear, norm = (lambda a, b: a * b + b), (lambda d: 2 * d)
+    projector = linear(512, 2048) + 2 * linear(2048, 2048) + 3 * norm(2048)
+    assert count(network.projector) == projector
+    assert count(network.predictor) == linear(2048, 512) + norm(512) + linear(512, 2048)
+    checked = 0
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            bound = module.weight[0].numel() ** -0.5
+            tensors = [module.weight] if module.bias is None else [module.weight, module.bias]
+            for tensor in tensors:
+                assert tensor.abs().max() <= bound
+                # a uniform distribution's standard deviation, within five of its own errors
+                expected, error = bound / 3**0.5, bound / (3 * tensor.numel()) ** 0.5
+                assert abs(tensor.std().item() - expected) < 5 * error
+                checked += 1
+    assert checked == 20 + 2 * 5  # convolutions; weights and biases of the five Linears
+
+
+def test_byol_heads_and_projections() -> None:
+    torch.manual_seed(0)
+    network = BYOL("resnet18", hidden_dim=4096, projector_dim=256)
+    linear, norm = (lambda a, b: a * b + b), (lambda d: 2 * d)
+    assert count(network.projector) == linear(512, 4096) + norm(4096) + linear(4096, 256)
+    assert count(network.predictor) == linear(256, 4096) + norm(4096) + linear(4096, 256)
+    network.eval()
+    images = torch.rand(2, 3, 32, 32)
+    p, z = network(images)
+    assert torch.equal(network.project(images), z)
+    assert torch.equal(network.predictor(z), p)

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.errors import UserError
 from common.resnet import CifarResNet
 from common.shapes import CLASS_NAMES, shapes
+from scripts import ROOT, assert_equal, metrics, run, state
 from simsiam_cifar10.run import Config, main
 
-ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "simsiam_cifar10" / "run.py"
 SMALL = {
     "dataset": "folder",
@@ -59,48 +57,11 @@ def command(folder: Path, run_dir: Path, *extra: str) -> list[str]:
     return [sys.executable, str(RUN), *flags, *extra]
 
 
-def run(arguments: Sequence[str], status: int = 0, **options) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=300, env=environment, **options
-    )
-    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in row.items() if name != "images_per_second"} for row in rows
-    ]
-
-
-def state(run_dir: Path, name: str = "last.pt") -> dict:
-    return torch.load(run_dir / name, weights_only=True)
-
-
 def assert_same_run(ours: Path, theirs: Path) -> None:
     assert metrics(ours) == metrics(theirs)
     for name in ("last.pt", "best.pt", "linear_last.pt"):
         assert_equal(state(ours, name), state(theirs, name), name)
     assert_equal(state(ours, "backbone.pt"), state(theirs, "backbone.pt"), "backbone.pt")
-
-
-def assert_equal(ours: object, theirs: object, where: str) -> None:
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
-            # Where a run lies is no part of it; rows hold rates, so the log's length differs.
-            if key not in ("run_dir", "metrics_bytes"):
-                assert_equal(ours[key], theirs[key], f"{where} {key}")
-    elif isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(theirs, list):
-        assert len(ours) == len(theirs), where
-        for index, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_equal(*pair, f"{where} {index}")
-    else:
-        assert ours == theirs, where
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +90,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
 
     settings = json.loads((whole_run / "config.json").read_text())
     assert settings["config"]["regime"] == "dssl"
-    assert settings["starts"][0]["versions"]["torch"] == version("torch")
+    assert settings["starts"][0]["versions"]["torch"] == torch.__version__
     width, height = Image.open(whole_run / "views.png").size
     assert width > 10 * 96
     assert height > 5 * 96

@@ -7,7 +7,7 @@ import math
 import numpy
 import pytest
 
-from common.schedule import warmup_cosine
+from common.schedule import cosine, warmup_cosine
 
 LR = 0.06  # 0.03 · 512 / 256
 
@@ -47,3 +47,11 @@ def test_a_warmup_of_two_is_over_in_the_first_epoch() -> None:
 def test_a_warmup_up_to_the_last_epoch_but_one() -> None:
     rates = [warmup_cosine(epoch, 5, 4, 6.0) for epoch in range(1, 6)]
     assert rates == pytest.approx([2, 4, 6, 6, 0], abs=1e-15)
+
+
+def test_imagenets_cosine_starts_at_the_peak_and_never_reaches_zero() -> None:
+    rates = [cosine(epoch, 100, 0.1) for epoch in range(100)]
+    expected = 0.05 * (1 + numpy.cos(numpy.pi * numpy.arange(100) / 100))
+    assert rates == pytest.approx(expected.tolist(), rel=1e-12)
+    assert rates[0] == 0.1
+    assert rates[-1] > 0

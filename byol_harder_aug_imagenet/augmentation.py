@@ -1,0 +1,48 @@
+"""The views of byol_harder_aug_imagenet: workers cut the crops, the rest is batched.
+
+T begins with RandAugment on the whole photograph, before the crop, so that stands in the workers.
+"""
+
+from __future__ import annotations
+
+from common.image_ops import Augmentation, Chain, ColorJitter, RandomGrey, RandomResizedCropFlip
+from common.photo_ops import GaussianBlur, GridShuffle, RandomApply, RandomFlip
+from common.randaugment import RandAugment
+
+CROP_SCALE = (0.2, 1.0)  # area of a standard view's crop, as a share of the photograph's
+
+
+def whole_augmentation(num_ops: int, magnitude: int) -> Augmentation | None:
+    """T's first part, on the whole photograph: RandAugment(N, M); none for N = 0."""
+    return RandAugment(num_ops, magnitude) if num_ops else None
+
+
+def standard_augmentation() -> Augmentation:
+    """T on a crop: flip, colour jitter, grey, blur."""
+    return Chain(
+        RandomFlip(),
+        ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
+        RandomGrey(probability=0.2),
+        GaussianBlur(sigma=(0.1, 2.0), probability=0.5),
+    )
+
+
+def heavy_augmentation(
+    num_ops: int, magnitude: int, image_size: int, crops_again: bool
+) -> Augmentation:
+    """T̂, applied to a standard view: RandAugment(N, M), a second crop and T, GridShuffle(4).
+
+    Args:
+        crops_again: whether the second T takes part; table 1's BYOL does without.
+    """
+    second = [
+        RandomResizedCropFlip(image_size, scale=CROP_SCALE),
+        ColorJitter(0.5, 0.5, 0.5, 0.1, probability=0.8),
+        RandomGrey(probability=0.2),
+        GaussianBlur(sigma=(0.1, 2.0), probability=0.5),
+    ]
+    return Chain(
+        RandAugment(num_ops, magnitude),
+        *(second if crops_again else []),
+        RandomApply(GridShuffle(4), 0.1),
+    )

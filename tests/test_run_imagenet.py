@@ -1,0 +1,125 @@
+"""The two ImageNet experiments as a user types them, small: real JPEGs, workers, kills, ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from common.shapes import shapes
+from scripts import ROOT, assert_equal, metrics, run, state
+
+EXPERIMENTS = {
+    "simsiam_imagenet": {"projector-dim": 16, "predictor-dim": 8},
+    "byol_harder_aug_imagenet": {"projector-dim": 8, "hidden-dim": 16},
+}
+SMALL = {
+    "backbone": "resnet18",
+    "image-size": 32,
+    "epochs": 2,
+    "batch-size": 8,  # 2 steps an epoch
+    "workers": 1,
+    "checkpoint-minutes": 0,  # a checkpoint each step
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seventeen JPEGs without classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    images, _ = shapes(17, 60, seed=0)
+    for index, image in enumerate(images):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((0, 0, 60, 48))
+        picture.save(root / f"{index:02d}.jpg")
+    return root
+
+
+def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[str]:
+    settings = {**SMALL, **EXPERIMENTS[experiment], "data-root": folder, "run-dir": run_dir}
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / experiment / "run.py"), *flags, *extra]
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    assert metrics(ours) == metrics(theirs)
+    for part in ("model", "optimiser", *(["target"] if "target" in state(theirs) else [])):
+        assert_equal(state(ours)[part], state(theirs)[part], part)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_killed_and_continued_is_the_same_run(
+    experiment: str, folder: Path, tmp_path: Path
+) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    done = run(command(experiment, folder, whole))
+    assert "weights" in done.stdout
+    rows = metrics(whole)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.05])
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["symmetric"] + row["asymmetric"], abs=1e-6)
+        assert "reverse" not in row
+    assert (whole / "views.png").exists()
+
+    process = subprocess.Popen(
+        command(experiment, folder, run_dir),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (run_dir / "last.pt").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (run_dir / "backbone.pt").exists(), "killed too late"
+    run(command(experiment, folder, run_dir))
+    assert_same_end(run_dir, whole)
+    last = state(run_dir)["model"]
+    for name, value in state(run_dir, "backbone.pt").items():
+        assert torch.equal(value, last[f"backbone.{name}"]), name
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_two_ranks_continue_to_the_same_weights(
+    experiment: str, folder: Path, tmp_path: Path
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def launch(run_dir: Path, *extra: str) -> None:
+        run([*launcher, *command(experiment, folder, run_dir, *extra)[1:]])
+
+    launch(tmp_path / "whole")
+    launch(tmp_path / "halves", "--max-steps", "1")
+    launch(tmp_path / "halves")
+    assert_same_end(tmp_path / "halves", tmp_path / "whole")
+
+
+def test_a_broken_photograph_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    for index, source in enumerate(sorted(folder.iterdir())[:9]):
+        content = source.read_bytes()
+        target = tmp_path / "photographs" / source.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content[:200] if index == 8 else content)
+    broken = command("simsiam_imagenet", tmp_path / "photographs", tmp_path / "run")
+    done = run([*broken, "--batch-size", "9"], status=1)
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert "08.jpg cannot be decoded" in last_line
+    assert "Traceback" not in done.stderr
+    run([*broken, "--batch-size", "9", "--skip-broken", "--epochs", "1", "--fresh"])
+
+
+@pytest.mark.parametrize("regime", ["baseline", "joint"])
+def test_byols_other_regimes(regime: str, folder: Path, tmp_path: Path) -> None:
+    extra = ["--regime", regime, "--standard-randaug", "0", "0", "--no-heavy-crop"]
+    run(command("byol_harder_aug_imagenet", folder, tmp_path / "run", *extra, "--epochs", "1"))
+    (row,) = metrics(tmp_path / "run")
+    assert row["loss"] == pytest.approx(row["symmetric"], abs=1e-6)
+    assert "asymmetric" not in row
