@@ -41,7 +41,7 @@ from common.ema import make_target, update
 from common.errors import StopRequested, require, run_script
 from common.image_ops import normalise
 from common.meter import Meter, require_finite
-from common.photographs import CropLoader, TwoCrops, find_photographs
+from common.photographs import CropLoader, RandomCrops, find_photographs
 from common.picture import picture_views
 from common.precision import Precision, autocast
 from common.progress import Bar, Progress
@@ -117,8 +117,8 @@ def main(config: Config) -> None:
         config.dataset, config.data_root, config.image_size, config.seed, config.batch_size, "train"
     ).photographs
     whole = whole_augmentation(*config.standard_randaug)
-    crops = TwoCrops(
-        photographs, config.image_size, CROP_SCALE, config.seed, whole, config.skip_broken
+    crops = RandomCrops(
+        photographs, 2, config.image_size, CROP_SCALE, config.seed, config.skip_broken, whole
     )
     loader = CropLoader(crops, config.batch_size, config.seed, config.workers, ranks)
     steps_per_epoch = len(photographs) // config.batch_size
@@ -193,7 +193,7 @@ def main(config: Config) -> None:
             steps = min(steps_per_epoch, last_step - (epoch - 1) * steps_per_epoch)
             bar.start_epoch()
             last_save = time.monotonic()
-            for step, first, second in loader.epoch(epoch, meter.steps, steps):
+            for step, (first, second), _ in loader.epoch(epoch, meter.steps, steps):
                 generator = generator_for("views", config.seed, epoch, step)
                 draws = view_maker.draw(config.batch_size, size, generator)
                 views = view_maker.make(first, draws[rows], second)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,84 @@ from common.image_ops import Augmentation, Draws
 from common.meter import Meter
 from common.seeding import epoch_order, generator_for
 from common.stop import StopFlag
+
+# (epoch, first step) to (step, this rank's features `[B, d]`, labels int64 `[B]`) for the rest of
+# the epoch's steps.
+Batches = Callable[[int, int], Iterator[tuple[int, Tensor, Tensor]]]
+
+
+def new_classifier(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
+    """A linear classifier with weights from N(0, 0.01) and bias 0."""
+    classifier = nn.Linear(feature_dim, num_classes)
+    nn.init.normal_(classifier.weight, std=0.01, generator=generator_for("classifier", seed))
+    nn.init.zeros_(classifier.bias)
+    return classifier
+
+
+def train_classifier(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batches: Batches,
+    rate: Callable[[int], float],
+    epochs: int,
+    *,
+    identity: Mapping[str, Any],
+    checkpoints: Checkpoints,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> None:
+    """Train a classifier by cross-entropy, from its own last checkpoint where there is one.
+
+    Checkpoints are written after each epoch and when a signal comes.
+
+    Args:
+        model: the classifier, in DDP under several processes.
+        rate: the learning rate of an epoch, counted from 0.
+        identity: plain values; a checkpoint with another identity is not continued.
+
+    Raises:
+        StopRequested: after a checkpoint, when a signal came.
+    """
+    first_epoch = first_step = 0
+    state = checkpoints.load()
+    if state is not None and state["identity"] == identity:
+        unwrap(model).load_state_dict(state["classifier"])
+        optimiser.load_state_dict(state["optimiser"])
+        first_epoch, first_step = state["epoch"], state["step"]
+
+    def save(epoch: int, step: int) -> None:
+        if not ranks.is_main:
+            return
+        state = {"classifier": unwrap(model).state_dict(), "optimiser": optimiser.state_dict()}
+        try:
+            checkpoints.save({**state, "epoch": epoch, "step": step, "identity": dict(identity)})
+        except OSError as error:
+            tqdm.write(f"warning: {checkpoints.last} cannot be written ({error})")
+
+    bar = tqdm(
+        desc="linear", total=epochs, initial=first_epoch, unit="epoch", disable=not ranks.is_main
+    )
+    for epoch in range(first_epoch, epochs):
+        optimiser.param_groups[0]["lr"] = rate(epoch)
+        meter = Meter(ranks, {}, first_step, "--linear-epochs 0 ends the run without it")
+        for step, features, labels in batches(epoch, first_step):
+            loss = F.cross_entropy(model(features), labels)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            meter.add({"linear loss": loss.detach()})
+            meter.end_step({"stop": stop.requested})
+            if meter.take_request("stop"):
+                meter.flush()
+                save(epoch, step + 1)
+                ranks.wait()
+                bar.close()
+                raise StopRequested(stop.exit_status)
+        meter.flush()
+        first_step = 0
+        save(epoch + 1, 0)
+        bar.update()
+    bar.close()
 
 
 @dataclass(frozen=True)
@@ -66,71 +145,41 @@ def linear_accuracy(
     """
     batch_size = min(protocol.batch_size, len(train))
     batch_size -= batch_size % ranks.world_size
-    classifier = nn.Linear(backbone.feature_dim, len(train.class_names))
-    nn.init.normal_(classifier.weight, std=0.01, generator=generator_for("classifier", seed))
-    nn.init.zeros_(classifier.bias)
-    model = ranks.wrap(classifier)
-    optimiser = torch.optim.SGD(model.parameters(), lr=protocol.lr, momentum=protocol.momentum)
-    labels = train.labels.to(ranks.device)
     size = (train.images.shape[2], train.images.shape[3])
-    identity = {"stamp": stamp, **asdict(protocol)}
-    first_epoch = first_step = 0
-    state = checkpoints.load()
-    if state is not None and state["identity"] == identity:
-        classifier.load_state_dict(state["classifier"])
-        optimiser.load_state_dict(state["optimiser"])
-        first_epoch, first_step = state["epoch"], state["step"]
-
-    def save(epoch: int, step: int) -> None:
-        if not ranks.is_main:
-            return
-        state = {"classifier": unwrap(model).state_dict(), "optimiser": optimiser.state_dict()}
-        try:
-            checkpoints.save({**state, "epoch": epoch, "step": step, "identity": identity})
-        except OSError as error:
-            tqdm.write(f"warning: {checkpoints.last} cannot be written ({error})")
-
     backbone.eval()
-    bar = tqdm(
-        desc="linear",
-        total=protocol.epochs,
-        initial=first_epoch,
-        unit="epoch",
-        disable=not ranks.is_main,
-    )
-    for epoch in range(first_epoch, protocol.epochs):
-        passed = sum(epoch >= share * protocol.epochs for share in protocol.milestones)
-        optimiser.param_groups[0]["lr"] = protocol.lr * 0.1**passed
-        meter = Meter(ranks, {}, first_step, "--linear-epochs 0 ends the run without it")
-        batches = epoch_order(len(train), seed, epoch).split(batch_size)
-        for step in range(first_step, len(batches)):
-            # The last, smaller batch: as many images as divide among the ranks.
-            batch = batches[step][: len(batches[step]) // ranks.world_size * ranks.world_size]
-            if not len(batch):
-                break
-            rows = ranks.share(len(batch))
-            draws = augmentation.draw(len(batch), size, generator_for("linear", seed, epoch, step))
-            index = send(batch[rows], ranks.device)
+
+    def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        order = epoch_order(len(train), seed, epoch).split(batch_size)
+        for step in range(first_step, len(order)):
+            # Of the last, smaller batch as many images as divide among the ranks.
+            count = len(order[step]) // ranks.world_size * ranks.world_size
+            if not count:
+                return
+            rows = ranks.share(count)
+            draws = augmentation.draw(count, size, generator_for("linear", seed, epoch, step))
+            index = send(order[step][rows], ranks.device)
             with torch.no_grad():
                 views = augmentation.apply(train.images[index], Draws.of(draws[rows], ranks.device))
                 features = encode_train(views).float()
-            loss = F.cross_entropy(model(features), labels[index])
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            meter.add({"linear loss": loss.detach()})
-            meter.end_step({"stop": stop.requested})
-            if meter.take_request("stop"):
-                meter.flush()
-                save(epoch, step + 1)
-                bar.close()
-                raise StopRequested(stop.exit_status)
-        meter.flush()
-        first_step = 0
-        save(epoch + 1, 0)
-        bar.update()
-    bar.close()
+            yield step, features, train.labels[index]
 
+    def rate(epoch: int) -> float:
+        passed = sum(epoch >= share * protocol.epochs for share in protocol.milestones)
+        return protocol.lr * 0.1**passed
+
+    classifier = new_classifier(backbone.feature_dim, len(train.class_names), seed)
+    model = ranks.wrap(classifier)
+    train_classifier(
+        model,
+        torch.optim.SGD(model.parameters(), lr=protocol.lr, momentum=protocol.momentum),
+        batches,
+        rate,
+        protocol.epochs,
+        identity={"stamp": stamp, **asdict(protocol)},
+        checkpoints=checkpoints,
+        ranks=ranks,
+        stop=stop,
+    )
     features = extract_features(backbone, test.images, encode_test, ranks, stop.check)
     with torch.no_grad():
         predictions = classifier(features).argmax(dim=1)

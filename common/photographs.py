@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from common.shapes import CLASS_NAMES, shapes
 from common.views import ViewMaker, Views
 
 Photograph = Path | Tensor  # a file, or uint8 `[3, H, W]`
+# What a worker hands over: crops, or what is wrong with the file (exceptions leave a worker
+# garbled), and the photograph's index.
+Item = tuple[Tensor | str, int]
 
 
 class PhotographSet(NamedTuple):
@@ -98,12 +101,11 @@ def crop(photograph: Tensor, box: Sequence[float], size: int) -> Tensor:
     return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
-class TwoCrops(Dataset):
-    """Two random crops of each photograph: uint8 `[2, 3, size, size]`, by (epoch, index).
-
-    An item depends on its epoch, its index and the seed alone.
+class RandomCrops(Dataset):
+    """Random crops of each photograph, by (epoch, index); an item depends on these and the seed.
 
     Args:
+        count: crops of each photograph.
         size: of a crop, pixels.
         scale: least and greatest area of a crop, as a share of the photograph's.
         seed: of the crops.
@@ -114,13 +116,15 @@ class TwoCrops(Dataset):
     def __init__(
         self,
         photographs: Sequence[Photograph],
+        count: int,
         size: int,
         scale: tuple[float, float],
         seed: int,
-        whole: Augmentation | None,
         skip_broken: bool,
+        whole: Augmentation | None = None,
     ) -> None:
         self.photographs = photographs
+        self.count = count
         self.size = size
         self.scale = scale
         self.seed = seed
@@ -130,21 +134,21 @@ class TwoCrops(Dataset):
     def __len__(self) -> int:
         return len(self.photographs)
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor | str:
-        """The crops; or what is wrong with the file, since exceptions leave a worker garbled."""
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        """Crops uint8 `[count, 3, size, size]`, and the index of the photograph they are from."""
         epoch, index = key
-        photograph = self._read(index)
+        photograph, used = self._read(index)
         if isinstance(photograph, str):
-            return photograph
+            return photograph, used
         crops = []
-        for view in range(2):
+        for view in range(self.count):
             generator = generator_for("crop", self.seed, epoch, index, view)
             shown = photograph
             if self.whole is not None:
                 shown = self.whole(photograph[None], generator)[0]
             box = draw_crops(1, (shown.shape[1], shown.shape[2]), self.scale, generator)[0]
             crops.append(crop(shown, box.tolist(), self.size))
-        return torch.stack(crops)
+        return torch.stack(crops), used
 
     def examples(self, view_maker: ViewMaker, count: int = 10) -> tuple[Tensor, Views]:
         """The first photographs, squeezed to uint8 `[count, 3, size, size]`, and views of them.
@@ -153,33 +157,58 @@ class TwoCrops(Dataset):
             UserError: if one of them cannot be decoded.
         """
         count = min(count, len(self))
-        photographs = [self._read(index) for index in range(count)]
-        items = [self[0, index] for index in range(count)]
-        first, second = stack_or_raise(items)
+        photographs = [self._read(index)[0] for index in range(count)]
+        (first, second), _ = unpack(_stack([self[0, index] for index in range(count)]))
         generator = generator_for("picture", self.seed)
         draws = view_maker.draw(count, (self.size, self.size), generator)
         shown = [crop(image, (0, 0, *image.shape[1:]), self.size) for image in photographs]
         return torch.stack(shown), view_maker.make(first, draws, second)
 
-    def _read(self, index: int) -> Tensor | str:
+    def _read(self, index: int) -> Item:
         problem = ""
         for attempt in range(len(self) if self.skip_broken else 1):
-            source = self.photographs[(index + attempt) % len(self)]
+            used = (index + attempt) % len(self)
             try:
-                return read(source)
+                return read(self.photographs[used]), used
             except BROKEN as error:
-                problem = f"{source} cannot be decoded ({error})"
-        return problem
+                problem = f"{self.photographs[used]} cannot be decoded ({error})"
+        return problem, index
+
+
+class CentreCrops(Dataset):
+    """The evaluation view of each photograph, uint8 `[1, 3, size, size]`, by index.
+
+    The shorter side is resized to 8/7 of `size` (256 for 224; bilinear, antialiased), as
+    torchvision's Resize does, and the centre cut out.
+    """
+
+    def __init__(self, photographs: Sequence[Photograph], size: int) -> None:
+        self.photographs = photographs
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            photograph = read(self.photographs[index])
+        except BROKEN as error:
+            return f"{self.photographs[index]} cannot be decoded ({error})", index
+        shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
+        height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
+        view = F.interpolate(photograph[None], (height, width), mode="bilinear", antialias=True)
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        return view[..., top : top + self.size, left : left + self.size], index
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """This rank's share of each batch of some steps of an epoch: keys for `TwoCrops`."""
+    """This rank's share of each batch of some steps of an epoch: keys for `RandomCrops`."""
 
     def __init__(self, count: int, batch_size: int, seed: int, ranks: Ranks) -> None:
         self.count = count
         self.batch_size = batch_size
         self.seed = seed
-        self.rows = ranks.share(batch_size)
+        self.ranks = ranks
         self.epoch = 0
         self.steps = range(0)
 
@@ -190,11 +219,13 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         order = epoch_order(self.count, self.seed, self.epoch)
         for step in self.steps:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(self.epoch, index) for index in batch[self.rows].tolist()]
+            # Of an epoch's last, smaller batch as many as divide among the ranks.
+            rows = self.ranks.share(len(batch) // self.ranks.world_size * self.ranks.world_size)
+            yield [(self.epoch, index) for index in batch[rows].tolist()]
 
 
 class CropLoader:
-    """Loads batches of crop pairs, `[2, B, 3, size, size]`, in worker processes.
+    """Loads batches of crops in worker processes.
 
     Args:
         crops: what to load.
@@ -203,56 +234,68 @@ class CropLoader:
     """
 
     def __init__(
-        self, crops: TwoCrops, batch_size: int, seed: int, workers: int, ranks: Ranks
+        self, crops: RandomCrops, batch_size: int, seed: int, workers: int, ranks: Ranks
     ) -> None:
-        if workers < 0:
-            workers = max(1, (os.cpu_count() or 1) // ranks.per_machine)
         self.ranks = ranks
         self.batches = EpochBatches(len(crops), batch_size, seed, ranks)
-        self.loader = DataLoader(
-            crops,
-            batch_sampler=self.batches,
-            num_workers=workers,
-            collate_fn=_stack,
-            pin_memory=ranks.device.type == "cuda",
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_leave_signals_to_the_run,
-        )
+        self.loader = load(crops, workers, ranks, batch_sampler=self.batches)
 
     def epoch(
         self, epoch: int, first_step: int, steps: int
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (step, crops of view 1, crops of view 2) for the steps first_step..steps − 1.
+        """Yield (step, crops, indices) for the steps first_step..steps − 1.
 
-        Crops are uint8 `[B, 3, size, size]` on the device.
+        Crops are uint8 `[count, B, 3, size, size]` on the device; indices, of the photographs they
+        are from, int64 `[B]` on the CPU.
 
         Raises:
             UserError: if a file cannot be decoded.
         """
         self.batches.epoch, self.batches.steps = epoch, range(first_step, steps)
-        for step, items in zip(self.batches.steps, self.loader, strict=True):
-            first, second = stack_or_raise(items).to(self.ranks.device, non_blocking=True)
-            yield step, first, second
+        for step, batch in zip(self.batches.steps, self.loader, strict=True):
+            crops, indices = unpack(batch)
+            yield step, crops.to(self.ranks.device, non_blocking=True), indices
 
 
-def stack_or_raise(items: Tensor | list[Tensor | str]) -> Tensor:
-    """Crops `[2, B, 3, size, size]` of items of `TwoCrops`.
+def load(dataset: Dataset, workers: int, ranks: Ranks, **batching: Any) -> DataLoader:
+    """A loader of items; its batches are to be unpacked by `unpack`.
+
+    Args:
+        workers: of this rank; 0 loads in the process itself, below 0 divides the machine's cores.
+        batching: DataLoader's `batch_sampler`, or `sampler` and `batch_size`.
+    """
+    if workers < 0:
+        workers = max(1, (os.cpu_count() or 1) // ranks.per_machine)
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=_stack,
+        pin_memory=ranks.device.type == "cuda",
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_run,
+        **batching,
+    )
+
+
+def unpack(batch: tuple[Tensor | str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Crops uint8 `[count, B, 3, size, size]` and indices int64 `[B]` of a loaded batch.
 
     Raises:
-        UserError: if one of them says that a file cannot be decoded.
+        UserError: if a file could not be decoded.
     """
-    stacked = _stack(items) if isinstance(items, list) else items
-    if isinstance(stacked, str):
-        raise UserError(f"{stacked}; mend or remove it, or leave such files out with --skip-broken")
-    return stacked
+    crops, indices = batch
+    if isinstance(crops, str):
+        raise UserError(f"{crops}; mend or remove it, or leave such files out with --skip-broken")
+    return crops, indices
 
 
-def _stack(items: list[Tensor | str]) -> Tensor | str:
-    for item in items:
-        if isinstance(item, str):
-            return item
-    return torch.stack(items, dim=1)
+def _stack(items: list[Item]) -> tuple[Tensor | str, Tensor]:
+    indices = torch.tensor([index for _, index in items])
+    for crops, _ in items:
+        if isinstance(crops, str):
+            return crops, indices
+    return torch.stack([crops for crops, _ in items], dim=1), indices
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision import transforms
 
 from common.distributed import Ranks
 from common.errors import UserError
 from common.image_ops import draw_crops
-from common.photographs import CropLoader, TwoCrops, crop, find_photographs, read
+from common.photographs import CentreCrops, CropLoader, RandomCrops, crop, find_photographs, read
 from common.randaugment import RandAugment
 from common.seeding import epoch_order, generator_for
 from pillow_reference import pictures, to_pillow
@@ -36,16 +37,17 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted(paths)
 
 
-def two_crops(photographs: list, **options) -> TwoCrops:
-    settings = {"seed": 3, "whole": None, "skip_broken": False, **options}
-    return TwoCrops(photographs, SIZE, SCALE, **settings)
+def two_crops(photographs: list, **options) -> RandomCrops:
+    settings = {"seed": 3, "skip_broken": False, **options}
+    return RandomCrops(photographs, 2, SIZE, SCALE, **settings)
 
 
 def batches(
-    crops: TwoCrops, workers: int = 0, ranks: Ranks = ALONE, first_step: int = 0, epoch: int = 1
+    crops: RandomCrops, workers: int = 0, ranks: Ranks = ALONE, first_step: int = 0, epoch: int = 1
 ) -> list[tuple[int, Tensor, Tensor]]:
     loader = CropLoader(crops, 4, seed=3, workers=workers, ranks=ranks)
-    return list(loader.epoch(epoch, first_step, len(crops) // 4))
+    steps = loader.epoch(epoch, first_step, len(crops) // 4)
+    return [(step, first, second) for step, (first, second), _ in steps]
 
 
 def by_pillow(path: Path, epoch: int, index: int, view: int) -> numpy.ndarray:
@@ -60,7 +62,7 @@ def by_pillow(path: Path, epoch: int, index: int, view: int) -> numpy.ndarray:
 def test_both_crops_are_those_that_pillow_cuts(files: list[Path]) -> None:
     crops = two_crops(files)
     for index, path in enumerate(files):
-        item = crops[5, index].permute(0, 2, 3, 1).numpy().astype(int)
+        item = crops[5, index][0].permute(0, 2, 3, 1).numpy().astype(int)
         for view in range(2):
             assert numpy.abs(item[view] - by_pillow(path, 5, index, view)).max() <= 1
         assert not numpy.array_equal(item[0], item[1])
@@ -74,7 +76,7 @@ def test_a_crop_of_the_whole_at_its_own_size_is_the_photograph(files: list[Path]
 
 def test_the_whole_photograph_is_augmented_before_each_crop(files: list[Path]) -> None:
     whole = RandAugment(2, 9)
-    item = two_crops(files, whole=whole)[2, 4]
+    item = two_crops(files, whole=whole)[2, 4][0]
     for view in range(2):
         generator = generator_for("crop", 3, 2, 4, view)
         shown = whole(read(files[4])[None], generator)[0]
@@ -88,7 +90,7 @@ def test_batches_follow_the_epochs_order(files: list[Path]) -> None:
     found = batches(crops)
     assert [step for step, _, _ in found] == [0, 1]  # the last three photographs are left out
     for step, first, second in found:
-        expected = [crops[1, index] for index in order[4 * step : 4 * step + 4]]
+        expected = [crops[1, index][0] for index in order[4 * step : 4 * step + 4]]
         assert torch.equal(first, torch.stack([item[0] for item in expected]))
         assert torch.equal(second, torch.stack([item[1] for item in expected]))
 
@@ -116,7 +118,9 @@ def test_a_broken_file_is_named_or_replaced_by_the_next(files: list[Path], worke
         batches(two_crops(files), workers)
     crops = two_crops(files, skip_broken=True)
     assert len(batches(crops, workers)) == 2
-    item = crops[0, 2].permute(0, 2, 3, 1).numpy().astype(int)
+    item, used = crops[0, 2]
+    assert used == 3
+    item = item.permute(0, 2, 3, 1).numpy().astype(int)
     image = by_pillow(files[3], 0, 2, 0)  # the next file, by the draws of the broken one
     assert numpy.abs(item[0] - image).max() <= 1
 
@@ -155,3 +159,26 @@ def test_shapes_need_no_files() -> None:
     assert len(train.photographs) == len(train.labels) > len(test.photographs) > 0
     assert train.photographs[0].shape == (3, 16, 16)
     assert not torch.equal(train.photographs[0], test.photographs[0])
+
+
+def test_evaluation_views_are_torchvisions(files: list[Path]) -> None:
+    views = CentreCrops(files, 28)  # the shorter side becomes 32
+    reference = transforms.Compose(
+        [transforms.Resize(32, antialias=True), transforms.CenterCrop(28)]
+    )
+    for index, path in enumerate(files):
+        view, found = views[index]
+        expected = numpy.array(reference(Image.open(path).convert("RGB"))).astype(int)
+        assert found == index
+        assert numpy.abs(view[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+def test_a_last_smaller_batch_is_shared_too(files: list[Path]) -> None:
+    crops = two_crops(files)
+    order = epoch_order(11, 3, 0).tolist()
+    found = []
+    for rank in range(2):
+        loader = CropLoader(crops, 4, seed=3, workers=0, ranks=Ranks(rank, 2, ALONE.device))
+        found.append([indices.tolist() for _, _, indices in loader.epoch(0, 0, 3)])
+    assert found[0] == [order[0:2], order[4:6], order[8:9]]
+    assert found[1] == [order[2:4], order[6:8], order[9:10]]

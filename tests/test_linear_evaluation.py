@@ -1,0 +1,199 @@
+"""test_runner.py on small JPEGs: protocol, interruption, ranks, and every format of weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from common.distributed import Ranks
+from common.errors import UserError
+from common.image_ops import Draws, normalise
+from common.linear_evaluation import MEAN, STD, load_backbone
+from common.linear_probe import new_classifier
+from common.photo_ops import RandomFlip
+from common.photographs import CentreCrops, CropLoader, RandomCrops, list_images
+from common.resnet import imagenet_resnet
+from common.seeding import generator_for
+from common.shapes import CLASS_NAMES, shapes
+from scripts import ROOT, run
+from simsiam_imagenet.model import SimSiam
+
+SIZE, BATCH, EPOCHS, BASE_LR, CLASSES = 28, 8, 2, 40.0, 7
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven classes: 21 JPEGs to train on (a last batch of 5), 17 to test."""
+    root = tmp_path_factory.mktemp("photographs")
+    for split, count in (("train", 30), ("val", 23)):
+        images, labels = shapes(count, 40, seed=len(split))
+        for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            if label < CLASSES:
+                path = root / split / CLASS_NAMES[label] / f"{index:02d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone in torchvision's format, its BatchNorm averages moved from their start."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None)
+    with torch.no_grad():
+        network(torch.randn(16, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def command(folder: Path, weights: Path, run_dir: Path, *extra: str) -> list[str]:
+    settings = {
+        "pretrained": weights,
+        "data-root": folder,
+        "run-dir": run_dir,
+        "backbone": "resnet18",
+        "image-size": SIZE,
+        "epochs": EPOCHS,
+        "batch-size": BATCH,
+        "base-lr": BASE_LR,
+        "workers": 1,
+        "device": "cpu",
+    }
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / "simsiam_imagenet" / "test_runner.py"), *flags, *extra]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    done = run(command(folder, weights, run_dir))
+    assert "the backbone is unchanged" in done.stdout
+    return run_dir
+
+
+def trained(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "linear_last.pt", weights_only=True)["classifier"]
+
+
+def results(run_dir: Path) -> list[tuple[float, float]]:
+    rows = [json.loads(line) for line in (run_dir / "linear.jsonl").read_text().splitlines()]
+    return [(row["top_1"], row["top_5"]) for row in rows]
+
+
+def features(backbone: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return backbone.eval()(normalise(images, MEAN, STD)).double()
+
+
+def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> None:
+    torch.set_num_threads(1)
+    backbone = load_backbone(weights, "resnet18")
+    files = list_images(folder / "train")
+    names = sorted({path.parent.name for path in files})
+    crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0, skip_broken=False)
+    classifier = new_classifier(512, CLASSES, 0)
+    parameters = [classifier.weight.detach().double(), classifier.bias.detach().double()]
+    momentum = [torch.zeros_like(parameter) for parameter in parameters]
+    peak = BASE_LR * BATCH / 256
+    for epoch in range(EPOCHS):
+        lr = peak * 0.5 * (1 + numpy.cos(numpy.pi * epoch / EPOCHS))
+        loader = CropLoader(crops, BATCH, 0, 0, ALONE)
+        for step, (images,), indices in loader.epoch(epoch, 0, 3):
+            generator = generator_for("linear", 0, epoch, step)
+            draws = RandomFlip().draw(len(images), (SIZE, SIZE), generator)
+            x = features(backbone, RandomFlip().apply(images, Draws.of(draws)))
+            y = torch.tensor([names.index(files[index].parent.name) for index in indices])
+            scores = (x @ parameters[0].T + parameters[1]).softmax(1)
+            scores[torch.arange(len(y)), y] -= 1
+            gradients = [scores.T @ x / len(y), scores.mean(0)]
+            for parameter, gradient, velocity in zip(parameters, gradients, momentum, strict=True):
+                norms = parameter.norm(), gradient.norm()
+                if norms[0] > 0 and norms[1] > 0:
+                    gradient = gradient * 0.001 * norms[0] / (norms[1] + 1e-8)
+                velocity.mul_(0.9).add_(gradient)
+                parameter.sub_(lr * velocity)
+    ours = trained(whole)
+    assert torch.allclose(ours["weight"].double(), parameters[0], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(ours["bias"].double(), parameters[1], rtol=1e-4, atol=1e-6)
+
+
+def test_accuracies_are_over_the_whole_validation_set(
+    folder: Path, weights: Path, whole: Path
+) -> None:
+    backbone = load_backbone(weights, "resnet18")
+    files = list_images(folder / "val")
+    names = sorted({path.parent.name for path in list_images(folder / "train")})
+    classifier = {name: value.double() for name, value in trained(whole).items()}
+    right = numpy.zeros(2)
+    for index, path in enumerate(files):
+        x = features(backbone, CentreCrops(files, SIZE)[index][0])
+        scores = (x @ classifier["weight"].T + classifier["bias"])[0]
+        order = scores.argsort(descending=True).tolist()
+        truth = names.index(path.parent.name)
+        right += [truth == order[0], truth in order[:5]]
+    assert len(files) == 17
+    assert results(whole)[0] == pytest.approx(tuple(100 * right / 17))
+
+
+def test_typed_again_trains_no_more_and_two_ranks_count_the_same(
+    folder: Path, weights: Path, whole: Path
+) -> None:
+    before = trained(whole)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run([*launcher, *command(folder, weights, whole)[1:]])
+    assert all(torch.equal(value, before[name]) for name, value in trained(whole).items())
+    first, *others = results(whole)
+    assert others
+    assert all(other == pytest.approx(first, rel=1e-6) for other in others)
+
+
+def test_killed_and_continued_is_the_same(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        command(folder, weights, tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (tmp_path / "linear_last.pt").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    run(command(folder, weights, tmp_path))
+    ours, theirs = trained(tmp_path), trained(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert results(tmp_path)[-1] == results(whole)[0]
+
+
+def test_every_format_of_weights_is_read(weights: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    network = SimSiam("resnet18", projector_dim=8, predictor_dim=4)
+    torch.save({"model": network.state_dict(), "config": {}}, tmp_path / "last.pt")
+    torch.save(network.backbone.state_dict(), tmp_path / "backbone.pt")
+    expected = network.backbone.state_dict()
+    for name in ("last.pt", "backbone.pt"):
+        found = load_backbone(tmp_path / name, "resnet18").state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    reference = torch.load(weights, weights_only=True)
+    found = load_backbone(weights, "resnet18").state_dict()
+    assert found.keys() == reference.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(found[key], reference[key]) for key in found)
+    with pytest.raises(UserError, match=r"does not fit a resnet50 .*--backbone"):
+        load_backbone(weights, "resnet50")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_backbone(tmp_path / "nothing.pt", "resnet18")
+    assert imagenet_resnet("resnet18").feature_dim == 512
