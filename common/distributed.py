@@ -98,6 +98,14 @@ class Ranks:
         dist.all_gather(parts, padded)
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
+    def join(self, columns: Tensor) -> Tensor:
+        """`[B, k]` of every rank side by side: `[B, k · world_size]`, on every rank."""
+        if self.world_size == 1:
+            return columns
+        parts = [torch.empty_like(columns) for _ in range(self.world_size)]
+        dist.all_gather(parts, columns.contiguous())
+        return torch.cat(parts, dim=1)
+
     def wait(self) -> None:
         """Wait until every rank has come this far."""
         if self.world_size > 1:

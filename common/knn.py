@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.datasets import ImageSet
 from common.distributed import Ranks
-from common.features import accuracy, extract_features
+from common.features import extract_features
 
 NEIGHBOURS = 200  # k
 TEMPERATURE = 0.1  # τ
@@ -24,28 +24,39 @@ def knn_predict(
     num_classes: int,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """The class with most votes among the k nearest; a neighbour's vote weighs exp(cos/τ).
 
+    The bank may be spread over ranks: each finds its own k nearest, the best of these count.
+
     Args:
-        queries: `[Q, d]`, floating point, any length (normalised here).
-        bank: `[N, d]`, likewise.
-        bank_labels: int64 `[N]`.
+        queries: `[Q, d]`, floating point, any length (normalised here); the same on every rank.
+        bank: `[N, d]`, likewise; this rank's share.
+        bank_labels: int64 `[N]`, of that share.
         neighbours: k; the whole bank where it is smaller.
         temperature: τ.
+        ranks: over which the bank is spread; None where it is whole.
 
     Returns:
-        int64 `[Q]`.
+        int64 `[Q]`, the same on every rank.
     """
     queries = F.normalize(queries.float(), dim=1)
     bank = F.normalize(bank.float(), dim=1).T.contiguous()
-    neighbours = min(neighbours, bank.shape[1])
+    here = min(neighbours, bank.shape[1])
     predictions = []
     for chunk in queries.split(QUERIES):
-        cosine, index = (chunk @ bank).topk(neighbours, dim=1)
+        cosine, index = (chunk @ bank).topk(here, dim=1)
+        labels = bank_labels[index]
+        if ranks is not None and ranks.world_size > 1:
+            # A rank that has fewer than k adds neighbours at −∞, whose votes weigh nothing.
+            cosine = ranks.join(F.pad(cosine, (0, neighbours - here), value=-torch.inf))
+            labels = ranks.join(F.pad(labels, (0, neighbours - here)))
+            cosine, best = cosine.topk(neighbours, dim=1)
+            labels = labels.gather(1, best)
         votes = torch.zeros(len(chunk), num_classes, device=chunk.device)
         # All votes divided by exp(1/τ), so that no small τ overflows.
-        votes.scatter_add_(1, bank_labels[index], ((cosine - 1) / temperature).exp())
+        votes.scatter_add_(1, labels, ((cosine - 1) / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 
@@ -67,7 +78,9 @@ def knn_accuracy(
         check: called between chunks of images; may raise to stop.
     """
     bank = extract_features(backbone, train.images, encode, ranks, check)
-    bank = ranks.gather(bank, len(train))
+    bank_labels = train.labels[ranks.rank :: ranks.world_size].to(ranks.device)
     queries = extract_features(backbone, test.images, encode, ranks, check)
-    predictions = knn_predict(queries, bank, train.labels.to(ranks.device), len(train.class_names))
-    return accuracy(predictions, test.labels, ranks)
+    queries = ranks.gather(queries, len(test))
+    predictions = knn_predict(queries, bank, bank_labels, len(train.class_names), ranks=ranks)
+    right = (predictions == test.labels.to(ranks.device)).sum()
+    return 100 * right.item() / len(test)

@@ -18,7 +18,7 @@ from common.dssl import loss_parts
 from common.ema import make_target
 from common.errors import UserError
 from common.features import extract_features
-from common.knn import knn_accuracy
+from common.knn import knn_accuracy, knn_predict
 from common.meter import Meter
 from common.views import Views
 from simsiam_cifar10.loss import pull
@@ -103,6 +103,16 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
     result["gathered"] = ranks.gather(features, len(train))
     result["knn"] = knn_accuracy(backbone, train, test, pixels, ranks, lambda: None)
 
+    mine = slice(rank, None, 2)
+    result["nearest 5"] = knn_predict(
+        pixels(test.images),
+        pixels(train.images[mine]),
+        train.labels[mine],
+        3,
+        neighbours=5,
+        ranks=ranks,
+    )
+
     meter = Meter(ranks, {}, 0)
     meter.add({"loss": torch.tensor(float(rank))})
     meter.end_step({"stop": rank == 1, "checkpoint": False})
@@ -164,7 +174,9 @@ def test_features_are_joined_in_order_and_knn_counts_each_image_once(results: li
     train, test = images_and_labels(47, 0), images_and_labels(33, 1)
     one = Ranks(0, 1, torch.device("cpu"))
     expected = knn_accuracy(nn.Identity(), train, test, pixels, one, lambda: None)
+    nearest = knn_predict(pixels(test.images), pixels(train.images), train.labels, 3, neighbours=5)
     for result in results:
+        assert torch.equal(result["nearest 5"], nearest)
         assert torch.equal(result["gathered"], pixels(train.images))
         assert result["knn"] == expected
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -23,12 +24,13 @@ from common.linear_probe import new_classifier
 from common.photo_ops import RandomFlip
 from common.photographs import CentreCrops, CropLoader, RandomCrops, list_images
 from common.resnet import imagenet_resnet
-from common.seeding import generator_for
+from common.seeding import epoch_order, generator_for
 from common.shapes import CLASS_NAMES, shapes
 from scripts import ROOT, run
 from simsiam_imagenet.model import SimSiam
 
 SIZE, BATCH, EPOCHS, BASE_LR, CLASSES = 28, 8, 2, 40.0, 7
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -97,24 +99,16 @@ def features(backbone: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         return backbone.eval()(normalise(images, MEAN, STD)).double()
 
 
-def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> None:
-    torch.set_num_threads(1)
-    backbone = load_backbone(weights, "resnet18")
-    files = list_images(folder / "train")
-    names = sorted({path.parent.name for path in files})
-    crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0, skip_broken=False)
+def larc_by_hand(
+    features_and_labels: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]],
+) -> list[torch.Tensor]:
+    """Softmax regression under method's LARC and cosine, written out in float64."""
     classifier = new_classifier(512, CLASSES, 0)
     parameters = [classifier.weight.detach().double(), classifier.bias.detach().double()]
     momentum = [torch.zeros_like(parameter) for parameter in parameters]
-    peak = BASE_LR * BATCH / 256
     for epoch in range(EPOCHS):
-        lr = peak * 0.5 * (1 + numpy.cos(numpy.pi * epoch / EPOCHS))
-        loader = CropLoader(crops, BATCH, 0, 0, ALONE)
-        for step, (images,), indices in loader.epoch(epoch, 0, 3):
-            generator = generator_for("linear", 0, epoch, step)
-            draws = RandomFlip().draw(len(images), (SIZE, SIZE), generator)
-            x = features(backbone, RandomFlip().apply(images, Draws.of(draws)))
-            y = torch.tensor([names.index(files[index].parent.name) for index in indices])
+        lr = BASE_LR * BATCH / 256 * 0.5 * (1 + numpy.cos(numpy.pi * epoch / EPOCHS))
+        for x, y in features_and_labels(epoch):
             scores = (x @ parameters[0].T + parameters[1]).softmax(1)
             scores[torch.arange(len(y)), y] -= 1
             gradients = [scores.T @ x / len(y), scores.mean(0)]
@@ -124,9 +118,68 @@ def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> N
                     gradient = gradient * 0.001 * norms[0] / (norms[1] + 1e-8)
                 velocity.mul_(0.9).add_(gradient)
                 parameter.sub_(lr * velocity)
-    ours = trained(whole)
-    assert torch.allclose(ours["weight"].double(), parameters[0], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(ours["bias"].double(), parameters[1], rtol=1e-4, atol=1e-6)
+    return parameters
+
+
+def assert_trained(run_dir: Path, expected: list[torch.Tensor]) -> None:
+    ours = trained(run_dir)
+    assert torch.allclose(ours["weight"].double(), expected[0], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(ours["bias"].double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+def labels_of(files: list[Path]) -> torch.Tensor:
+    names = sorted({path.parent.name for path in files})
+    return torch.tensor([names.index(path.parent.name) for path in files])
+
+
+def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> None:
+    torch.set_num_threads(1)
+    backbone = load_backbone(weights, "resnet18")
+    files = list_images(folder / "train")
+    crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0, skip_broken=False)
+
+    def views(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        loader = CropLoader(crops, BATCH, 0, 0, ALONE)
+        for step, (images,), indices in loader.epoch(epoch, 0, 3):
+            generator = generator_for("linear", 0, epoch, step)
+            draws = RandomFlip().draw(len(images), (SIZE, SIZE), generator)
+            flipped = RandomFlip().apply(images, Draws.of(draws))
+            yield features(backbone, flipped), labels_of(files)[indices]
+
+    assert_trained(whole, larc_by_hand(views))
+
+
+def test_cached_features_and_knn(folder: Path, weights: Path, tmp_path: Path) -> None:
+    done = run(command(folder, weights, tmp_path, "--cache-features", "--knn"))
+    assert "kNN accuracy" in done.stdout
+    backbone = load_backbone(weights, "resnet18")
+    cached = {}
+    for split in ("train", "val"):
+        files = list_images(folder / split)
+        views = torch.cat([CentreCrops(files, SIZE)[index][0] for index in range(len(files))])
+        cached[split] = features(backbone, views), labels_of(files)
+    x, y = cached["train"]
+
+    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in epoch_order(len(x), 0, epoch).split(BATCH):
+            yield x[batch], y[batch]
+
+    assert_trained(tmp_path, larc_by_hand(batches))
+
+    bank = (x / x.norm(dim=1, keepdim=True)).numpy()
+    right = 0
+    for query, label in zip(*cached["val"], strict=True):
+        cosine = bank @ (query / query.norm()).numpy()  # all 21 are within the 200 nearest
+        votes = numpy.bincount(y.numpy(), weights=numpy.exp(cosine / 0.1), minlength=CLASSES)
+        right += int(votes.argmax() == label)
+    row = json.loads((tmp_path / "linear.jsonl").read_text())
+    assert row["knn"] == pytest.approx(100 * right / 17)
+
+    # On two ranks: nothing more to train, and the same counts.
+    run([*LAUNCHER, *command(folder, weights, tmp_path, "--cache-features", "--knn")[1:]])
+    again = json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[1])
+    for name in ("top_1", "top_5", "knn"):
+        assert again[name] == pytest.approx(row[name])
 
 
 def test_accuracies_are_over_the_whole_validation_set(
@@ -151,8 +204,7 @@ def test_typed_again_trains_no_more_and_two_ranks_count_the_same(
     folder: Path, weights: Path, whole: Path
 ) -> None:
     before = trained(whole)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run([*launcher, *command(folder, weights, whole)[1:]])
+    run([*LAUNCHER, *command(folder, weights, whole)[1:]])
     assert all(torch.equal(value, before[name]) for name, value in trained(whole).items())
     first, *others = results(whole)
     assert others
