@@ -41,7 +41,7 @@ from common.ema import make_target, update
 from common.errors import StopRequested, require, run_script
 from common.image_ops import normalise
 from common.meter import Meter, require_finite
-from common.photographs import CropLoader, RandomCrops, find_photographs
+from common.photographs import CropLoader, Loading, RandomCrops, find_photographs
 from common.picture import picture_views
 from common.precision import Precision, autocast
 from common.progress import Bar, Progress
@@ -62,6 +62,8 @@ class Config:
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # holds train/<class>/*, or photographs
     image_size: int = 224  # of a view, pixels
     workers: int = -1  # loader processes of each rank; -1: the machine's cores among its ranks
+    prefetch: int = 4  # batches that each worker keeps ready
+    pin_memory: bool = True  # page-locked batches, where a CUDA GPU trains
     skip_broken: bool = False  # in place of a file that cannot be decoded take the next
     # views
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1
@@ -120,7 +122,8 @@ def main(config: Config) -> None:
     crops = RandomCrops(
         photographs, 2, config.image_size, CROP_SCALE, config.seed, config.skip_broken, whole
     )
-    loader = CropLoader(crops, config.batch_size, config.seed, config.workers, ranks)
+    loading = Loading(config.workers, config.prefetch, config.pin_memory)
+    loader = CropLoader(crops, config.batch_size, config.seed, loading, ranks)
     steps_per_epoch = len(photographs) // config.batch_size
     last_step = config.epochs * steps_per_epoch
     if config.max_steps:

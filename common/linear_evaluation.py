@@ -26,6 +26,7 @@ from common.photographs import (
     CentreCrops,
     CropLoader,
     EpochBatches,
+    Loading,
     Photograph,
     RandomCrops,
     find_photographs,
@@ -111,7 +112,9 @@ def main(config: Config) -> None:
         """Of the centre crops of this rank's photographs: rank, rank + world_size, …"""
         mine = range(ranks.rank, len(photographs), ranks.world_size)
         views = CentreCrops(photographs, config.image_size)
-        loader = load(views, config.workers, ranks, sampler=mine, batch_size=EVALUATION_BATCH)
+        loader = load(
+            views, Loading(config.workers), ranks, sampler=mine, batch_size=EVALUATION_BATCH
+        )
         features = [torch.empty(0, backbone.feature_dim, device=device)]
         for batch in tqdm(loader, "features", disable=not ranks.is_main):
             (images,), _ = unpack(batch)
@@ -131,6 +134,8 @@ def main(config: Config) -> None:
     peak_lr = config.base_lr * config.batch_size / 256
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     if config.cache_features:
+        if ranks.is_main:
+            print("Cached features: the classifier trains without the protocol's crops and flips.")
         whole = ranks.gather(train_features, len(train_labels))
         batches = cached_batches(whole, train_labels, config, ranks)
     else:
@@ -191,7 +196,7 @@ def cropped_batches(
     crops = RandomCrops(
         photographs, 1, config.image_size, CROP_SCALE, config.seed, config.skip_broken
     )
-    loader = CropLoader(crops, config.batch_size, config.seed, config.workers, ranks)
+    loader = CropLoader(crops, config.batch_size, config.seed, Loading(config.workers), ranks)
     steps = steps_of(len(photographs), config, ranks)
     flip, size = RandomFlip(), (config.image_size, config.image_size)
 

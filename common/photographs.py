@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,21 +225,36 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in batch[rows].tolist()]
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a rank loads.
+
+    Args:
+        workers: processes; 0 loads in the rank itself, below 0 divides the machine's cores.
+        prefetch: batches that each worker keeps ready.
+        pin_memory: page-locked batches, where a CUDA GPU trains.
+    """
+
+    workers: int = -1
+    prefetch: int = 4
+    pin_memory: bool = True
+
+
 class CropLoader:
     """Loads batches of crops in worker processes.
 
     Args:
         crops: what to load.
         batch_size: global.
-        workers: of this rank; 0 loads in the process itself, below 0 divides the machine's cores.
+        seed: of the order.
     """
 
     def __init__(
-        self, crops: RandomCrops, batch_size: int, seed: int, workers: int, ranks: Ranks
+        self, crops: RandomCrops, batch_size: int, seed: int, loading: Loading, ranks: Ranks
     ) -> None:
         self.ranks = ranks
         self.batches = EpochBatches(len(crops), batch_size, seed, ranks)
-        self.loader = load(crops, workers, ranks, batch_sampler=self.batches)
+        self.loader = load(crops, loading, ranks, batch_sampler=self.batches)
 
     def epoch(
         self, epoch: int, first_step: int, steps: int
@@ -257,22 +273,22 @@ class CropLoader:
             yield step, crops.to(self.ranks.device, non_blocking=True), indices
 
 
-def load(dataset: Dataset, workers: int, ranks: Ranks, **batching: Any) -> DataLoader:
+def load(dataset: Dataset, loading: Loading, ranks: Ranks, **batching: Any) -> DataLoader:
     """A loader of items; its batches are to be unpacked by `unpack`.
 
     Args:
-        workers: of this rank; 0 loads in the process itself, below 0 divides the machine's cores.
         batching: DataLoader's `batch_sampler`, or `sampler` and `batch_size`.
     """
+    workers = loading.workers
     if workers < 0:
         workers = max(1, (os.cpu_count() or 1) // ranks.per_machine)
     return DataLoader(
         dataset,
         num_workers=workers,
         collate_fn=_stack,
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=loading.pin_memory and ranks.device.type == "cuda",
         persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=loading.prefetch if workers else None,
         worker_init_fn=_leave_signals_to_the_run,
         **batching,
     )
@@ -299,6 +315,9 @@ def _stack(items: list[Item]) -> tuple[Tensor | str, Tensor]:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches workers too; the run decides when they end."""
+    """Ctrl-C and torchrun's SIGTERM reach workers too; the run needs them until its checkpoint.
+
+    One SIGTERM is let pass, so that the exit of the run can still end a worker by another.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

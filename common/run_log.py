@@ -41,6 +41,8 @@ MAY_CHANGE = frozenset(
         "device",
         "data_root",
         "workers",
+        "prefetch",
+        "pin_memory",
         "compile",
         "knn_every",
         "linear_epochs",

@@ -22,7 +22,7 @@ from common.image_ops import Draws, normalise
 from common.linear_evaluation import MEAN, STD, load_backbone
 from common.linear_probe import new_classifier
 from common.photo_ops import RandomFlip
-from common.photographs import CentreCrops, CropLoader, RandomCrops, list_images
+from common.photographs import CentreCrops, CropLoader, Loading, RandomCrops, list_images
 from common.resnet import imagenet_resnet
 from common.seeding import epoch_order, generator_for
 from common.shapes import CLASS_NAMES, shapes
@@ -139,7 +139,7 @@ def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> N
     crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0, skip_broken=False)
 
     def views(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        loader = CropLoader(crops, BATCH, 0, 0, ALONE)
+        loader = CropLoader(crops, BATCH, 0, Loading(0), ALONE)
         for step, (images,), indices in loader.epoch(epoch, 0, 3):
             generator = generator_for("linear", 0, epoch, step)
             draws = RandomFlip().draw(len(images), (SIZE, SIZE), generator)

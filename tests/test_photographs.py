@@ -14,7 +14,15 @@ from torchvision import transforms
 from common.distributed import Ranks
 from common.errors import UserError
 from common.image_ops import draw_crops
-from common.photographs import CentreCrops, CropLoader, RandomCrops, crop, find_photographs, read
+from common.photographs import (
+    CentreCrops,
+    CropLoader,
+    Loading,
+    RandomCrops,
+    crop,
+    find_photographs,
+    read,
+)
 from common.randaugment import RandAugment
 from common.seeding import epoch_order, generator_for
 from pillow_reference import pictures, to_pillow
@@ -45,7 +53,7 @@ def two_crops(photographs: list, **options) -> RandomCrops:
 def batches(
     crops: RandomCrops, workers: int = 0, ranks: Ranks = ALONE, first_step: int = 0, epoch: int = 1
 ) -> list[tuple[int, Tensor, Tensor]]:
-    loader = CropLoader(crops, 4, seed=3, workers=workers, ranks=ranks)
+    loader = CropLoader(crops, 4, 3, Loading(workers), ranks)
     steps = loader.epoch(epoch, first_step, len(crops) // 4)
     return [(step, first, second) for step, (first, second), _ in steps]
 
@@ -178,7 +186,7 @@ def test_a_last_smaller_batch_is_shared_too(files: list[Path]) -> None:
     order = epoch_order(11, 3, 0).tolist()
     found = []
     for rank in range(2):
-        loader = CropLoader(crops, 4, seed=3, workers=0, ranks=Ranks(rank, 2, ALONE.device))
+        loader = CropLoader(crops, 4, 3, Loading(0), Ranks(rank, 2, ALONE.device))
         found.append([indices.tolist() for _, _, indices in loader.epoch(0, 0, 3)])
     assert found[0] == [order[0:2], order[4:6], order[8:9]]
     assert found[1] == [order[2:4], order[6:8], order[9:10]]

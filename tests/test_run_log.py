@@ -36,7 +36,12 @@ torch.set_num_threads(1)
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NOT_MAIN = Ranks(1, 1, torch.device("cpu"))  # world size 1, so that it waits for nobody
-SETTINGS: dict[str, Any] = {**asdict(Config()), "workers": 4}  # as the ImageNet experiments have
+SETTINGS: dict[str, Any] = {
+    **asdict(Config()),
+    "workers": 4,
+    "prefetch": 4,
+    "pin_memory": True,
+}  # as the ImageNet experiments have
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +209,7 @@ def changed(value: Any) -> Any:
 
 def test_may_change_names_real_settings() -> None:
     names = {field.name for field in fields(Config)}
-    assert names | {"workers"} >= MAY_CHANGE
+    assert names | {"workers", "prefetch", "pin_memory"} >= MAY_CHANGE
 
 
 def refusal(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -223,7 +228,16 @@ def test_a_changed_setting(name: str, folder: Path) -> None:
     value = SETTINGS[name]
     message = refusal(folder, {**SETTINGS, name: changed(value)})
     if name in {
-        *("device", "workers", "compile", "data_root", "run_dir", "fresh"),
+        *(
+            "device",
+            "workers",
+            "prefetch",
+            "pin_memory",
+            "compile",
+            "data_root",
+            "run_dir",
+            "fresh",
+        ),
         *("knn_every", "linear_epochs", "max_steps", "checkpoint_minutes"),
     }:
         assert message is None
