@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,34 @@ def test_a_missing_device_is_a_sentence() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="0 usable CUDA GPUs; try --device auto"):
             distributed.start("cuda")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "under_torchrun", "hands_over"),
+    [
+        (8, "auto", False, True),
+        (8, "cuda", False, True),
+        (8, "cuda:1", False, False),
+        (8, "cpu", False, False),
+        (8, "auto", True, False),
+        (1, "auto", False, False),
+    ],
+)
+def test_a_machine_with_several_gpus_uses_them_all(
+    gpus: int,
+    device: str,
+    under_torchrun: bool,
+    hands_over: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--epochs", "3"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if under_torchrun:
+        monkeypatch.setenv("WORLD_SIZE", "8")
+    distributed.use_every_gpu(device)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
+    expected = [[sys.executable, *launcher, "run.py", "--epochs", "3"]]
+    assert started == (expected if hands_over else [])
