@@ -162,7 +162,7 @@ def main(config: Config) -> None:
     # ---------------------------------------------------------------- train
     last_epoch = -(-last_step // steps_per_epoch)
     size = (config.image_size, config.image_size)
-    if saved is None:
+    if saved is None and ranks.is_main:
         log.picture(picture_views(*crops.examples(view_maker)))
     stop = StopFlag(ranks)
     bar = Bar(last_step, (progress.epoch - 1) * steps_per_epoch + progress.step, ranks)
