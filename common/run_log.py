@@ -109,8 +109,9 @@ class RunLog:
             return None
         lock = (self.folder / ".lock").open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock, which loader workers would inherit: they may outlive a killed run.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(
                 f"another process is at work in {self.folder}; wait for it, or choose another "
                 "--run-dir"
