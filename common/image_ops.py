@@ -250,6 +250,12 @@ class ColorJitter(Augmentation):
         return images
 
 
+def draw_chosen(batch: int, probability: float, generator: torch.Generator) -> Tensor:
+    """0 with this probability, else −1: float32 `[batch, 1]`, for `apply_in_groups`."""
+    left = torch.rand(batch, 1, generator=generator) >= probability
+    return -left.to(torch.float32)
+
+
 class RandomGrey(Augmentation):
     """Turn an image to grey with this probability; three equal channels, as Pillow."""
 
@@ -259,8 +265,7 @@ class RandomGrey(Augmentation):
         self.probability = probability
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        left = torch.rand(batch, 1, generator=generator) >= self.probability
-        return -left.to(torch.float32)
+        return draw_chosen(batch, self.probability, generator)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         group = draws.host[:, 0].to(torch.int64)

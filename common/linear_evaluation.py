@@ -152,6 +152,7 @@ def main(config: Config) -> None:
         ),
         ranks=ranks,
         stop=stop,
+        way_out="try a lower --base-lr",
     )
 
     # ---------------------------------------------------------------- result

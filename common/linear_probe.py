@@ -45,6 +45,7 @@ def train_classifier(
     checkpoints: Checkpoints,
     ranks: Ranks,
     stop: StopFlag,
+    way_out: str,
 ) -> None:
     """Train a classifier by cross-entropy, from its own last checkpoint where there is one.
 
@@ -54,6 +55,7 @@ def train_classifier(
         model: the classifier, in DDP under several processes.
         rate: the learning rate of an epoch, counted from 0.
         identity: plain values; a checkpoint with another identity is not continued.
+        way_out: what a user can do about a loss that is not finite.
 
     Raises:
         StopRequested: after a checkpoint, when a signal came.
@@ -79,7 +81,7 @@ def train_classifier(
     )
     for epoch in range(first_epoch, epochs):
         optimiser.param_groups[0]["lr"] = rate(epoch)
-        meter = Meter(ranks, {}, first_step, "--linear-epochs 0 ends the run without it")
+        meter = Meter(ranks, {}, first_step, way_out)
         for step, features, labels in batches(epoch, first_step):
             loss = F.cross_entropy(model(features), labels)
             optimiser.zero_grad(set_to_none=True)
@@ -179,6 +181,7 @@ def linear_accuracy(
         checkpoints=checkpoints,
         ranks=ranks,
         stop=stop,
+        way_out="--linear-epochs 0 ends the run without it",
     )
     features = extract_features(backbone, test.images, encode_test, ranks, stop.check)
     with torch.no_grad():

@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import send
-from common.image_ops import Augmentation, Draws, apply_in_groups, to_uint8
-
-
-def _draw_group(batch: int, probability: float, generator: torch.Generator) -> Tensor:
-    """0 with this probability, else −1: float32 `[batch, 1]`, for `apply_in_groups`."""
-    left = torch.rand(batch, 1, generator=generator) >= probability
-    return -left.to(torch.float32)
+from common.image_ops import Augmentation, Draws, apply_in_groups, draw_chosen, to_uint8
 
 
 class RandomFlip(Augmentation):
@@ -30,7 +24,7 @@ class RandomFlip(Augmentation):
         self.probability = probability
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        return _draw_group(batch, self.probability, generator)
+        return draw_chosen(batch, self.probability, generator)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         group = draws.host[:, 0].to(torch.int64)
@@ -87,7 +81,7 @@ class GaussianBlur(Augmentation):
         self.radius = math.ceil(4 * sigma[1])
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        group = _draw_group(batch, self.probability, generator)
+        group = draw_chosen(batch, self.probability, generator)
         sigma = torch.empty(batch, 1).uniform_(*self.sigma, generator=generator)
         return torch.cat([group, sigma], dim=1)
 

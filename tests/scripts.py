@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def command_line(script: str, settings: Mapping[str, object], *extra: str) -> list[str]:
+    """The command that runs a script of the repository with these settings."""
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / script), *flags, *extra]
 
 
 def run(arguments: Sequence[str], status: int = 0, **options) -> subprocess.CompletedProcess[str]:

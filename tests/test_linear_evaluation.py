@@ -26,7 +26,7 @@ from common.photographs import CentreCrops, CropLoader, Loading, RandomCrops, li
 from common.resnet import imagenet_resnet
 from common.seeding import epoch_order, generator_for
 from common.shapes import CLASS_NAMES, shapes
-from scripts import ROOT, run
+from scripts import command_line, run
 from simsiam_imagenet.model import SimSiam
 
 SIZE, BATCH, EPOCHS, BASE_LR, CLASSES = 28, 8, 2, 40.0, 7
@@ -73,8 +73,7 @@ def command(folder: Path, weights: Path, run_dir: Path, *extra: str) -> list[str
         "workers": 1,
         "device": "cpu",
     }
-    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / "simsiam_imagenet" / "test_runner.py"), *flags, *extra]
+    return command_line("simsiam_imagenet/test_runner.py", settings, *extra)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.errors import UserError
 from common.resnet import CifarResNet
 from common.shapes import CLASS_NAMES, shapes
-from scripts import ROOT, assert_equal, metrics, run, state
+from scripts import ROOT, assert_equal, command_line, metrics, run, state
 from simsiam_cifar10.run import Config, main
 
 RUN = ROOT / "simsiam_cifar10" / "run.py"
@@ -53,8 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, run_dir: Path, *extra: str) -> list[str]:
     settings = {**SMALL, "data-root": folder, "run-dir": run_dir}
-    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, str(RUN), *flags, *extra]
+    return command_line("simsiam_cifar10/run.py", settings, *extra)
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from common.shapes import shapes
-from scripts import ROOT, assert_equal, metrics, run, state
+from scripts import assert_equal, command_line, metrics, run, state
 
 EXPERIMENTS = {
     "simsiam_imagenet": {"projector-dim": 16, "predictor-dim": 8},
@@ -46,8 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[str]:
     settings = {**SMALL, **EXPERIMENTS[experiment], "data-root": folder, "run-dir": run_dir}
-    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / experiment / "run.py"), *flags, *extra]
+    return command_line(f"{experiment}/run.py", settings, *extra)
 
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
