@@ -1,0 +1,94 @@
+"""Contestants for the same work, timed in turn within one run; what counts is their ratio.
+
+Machines are noisy and absolute times mean nothing on another: every round times each contestant
+once, one after the other, and a contestant's ratio is the median over the rounds of the first
+contestant's time in that round by its own.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: int = 7  # each contestant is timed once a round
+    profile: bool = False  # show where our own time goes instead
+
+
+def machine() -> str:
+    """The processor, cores, instruction set and torch release, in a line."""
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = information.read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+    if torch.cuda.is_available():
+        name += f" with {torch.cuda.get_device_name()}"
+    return (
+        f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}"
+    )
+
+
+def compare(
+    row: str,
+    contestants: Mapping[str, Callable[[], object]],
+    options: Options,
+    items: int = 1,
+    unit: str = "image",
+    core_time: bool = False,
+) -> dict[str, float]:
+    """Time the contestants and print the row: how many times faster than the first each is.
+
+    Args:
+        row: what is done.
+        contestants: by name; the first is the yardstick, the last is ours. Each is called once
+            before the rounds, to warm up.
+        items, unit: what one call works off, and what an item is called.
+        core_time: count the processor's seconds of this process instead of the clock's: for work
+            of one thread, which other processes then disturb less.
+
+    Returns:
+        The ratio of each contestant.
+    """
+    if options.profile:
+        show_profile(list(contestants.values())[-1])
+        return {}
+    clock = time.process_time if core_time else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for call in contestants.values():
+        call()
+    for _ in range(options.rounds):
+        for name, call in contestants.items():
+            start = clock()
+            call()
+            seconds[name].append(clock() - start)
+    first = next(iter(contestants))
+    ratios = {}
+    print(f"{row}  [{machine()}; {options.rounds} rounds]")
+    for name, times in seconds.items():
+        in_turn = [yardstick / own for yardstick, own in zip(seconds[first], times, strict=True)]
+        ratios[name] = statistics.median(in_turn)
+        spent = 1000 * statistics.median(times) / items
+        print(
+            f"  {name:<44} {ratios[name]:6.2f} ×   "
+            f"({min(in_turn):.2f} to {max(in_turn):.2f}; {spent:.3f} ms/{unit})"
+        )
+    return ratios
+
+
+def show_profile(call: Callable[[], object]) -> None:
+    """Print the operations that took most time in a call."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
