@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
+from common.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def start(device: str) -> Ranks:
     chosen = _pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if "WORLD_SIZE" not in os.environ or world_size == 1:
         return Ranks(0, 1, chosen)
     if chosen.type == "mps":
