@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -100,29 +100,33 @@ class Chain(Augmentation):
 
 
 def apply_in_groups(
-    images: Tensor, group: Tensor, functions: Sequence[Callable[[Tensor, Tensor], Tensor]]
+    images: Tensor, groups: Tensor, functions: Sequence[Callable[[Tensor, Tensor, int], Tensor]]
 ) -> Tensor:
-    """Send each image through the function of its group, each function called once.
+    """Send each image through the functions of its groups, turn by turn.
 
-    Sorting by group turns a choice per image into a few calls on contiguous slices.
+    In each turn the images lie sorted by group: a choice per image becomes a few calls on
+    contiguous slices.
 
     Args:
-        images: uint8 `[B, 3, H, W]`.
-        group: integer `[B]` on the CPU: an index of `functions`, or -1 to leave the image as it is.
-        functions: called with that group's images and their indices in the batch (int64, on the
-            images' device); return images of the same shape.
+        images: `[B, …]`.
+        groups: integer `[B, turns]` on the CPU: an image's function in each turn, as an index of
+            `functions`, or -1 to leave it as it is.
+        functions: called with a group's images, their indices in the batch (int64, on the images'
+            device) and the turn; return images of the same shape and type, or change them in place.
     """
-    order = group.argsort(stable=True)
-    counts = torch.bincount(group + 1, minlength=len(functions) + 1).tolist()
-    rows = send(order, images.device)
-    images = images[rows]
-    start = counts[0]
-    for function, count in zip(functions, counts[1:], strict=True):
-        if count:
-            part = slice(start, start + count)
-            images[part] = function(images[part], rows[part])
-            start += count
-    return images[send(order.argsort(), images.device)]
+    place = torch.arange(len(images))  # where each image of the batch lies
+    for turn, group in enumerate(groups.unbind(1)):
+        order = group.argsort(stable=True)
+        counts = torch.bincount(group + 1, minlength=len(functions) + 1).tolist()
+        # index_select, since on CPUs images[rows] takes ten times as long.
+        images = images.index_select(0, send(place[order], images.device))
+        place = order.argsort()
+        rows = send(order, images.device)
+        parts = zip(functions, images.split(counts)[1:], rows.split(counts)[1:], strict=True)
+        for function, part, part_rows in parts:
+            if len(part):
+                part.copy_(function(part, part_rows, turn))
+    return images.index_select(0, send(place, images.device))
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -136,72 +140,80 @@ def per_image(value: float | Tensor) -> float | Tensor:
     return value[:, None, None, None] if isinstance(value, Tensor) else value
 
 
-def blend(degenerate: Tensor, images: Tensor, factor: float | Tensor) -> Tensor:
-    """`degenerate + factor · (images − degenerate)` in Pillow's order of float32 operations.
+def blend(degenerate: Tensor, pixels: Tensor, factor: float | Tensor) -> Tensor:
+    """`degenerate + factor · (pixels − degenerate)` in Pillow's order of float32 operations.
 
     Args:
-        degenerate: integer or float, broadcastable to the images: the result at factor 0.
-        images: uint8 `[B, 3, H, W]`.
+        degenerate: float32, broadcastable to the pixels, whole numbers: the result at factor 0.
+        pixels: float32 `[B, 3, H, W]`, whole numbers 0..255; overwritten.
         factor: one for all, or float32 `[B]`, at least 0; above 1 extrapolates.
 
     Returns:
-        uint8 `[B, 3, H, W]`, clipped to 0..255, fractions cut off.
+        float32 `[B, 3, H, W]`, clipped to 0..255, fractions still to be cut off.
     """
-    start = degenerate.to(torch.float32)
-    blended = (images.to(torch.float32) - start).mul_(per_image(factor)).add_(start)
-    return to_uint8(blended.clamp_(0, 255))
+    return pixels.sub_(degenerate).mul_(per_image(factor)).add_(degenerate).clamp_(0, 255)
 
 
-def grey(images: Tensor) -> Tensor:
-    """ITU-R 601 luma as Pillow's convert("L"): uint8 `[B, 3, H, W]` to int32 `[B, 1, H, W]`."""
-    red, green, blue = images.to(torch.int32).unbind(1)
-    luma = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
-    return luma.bitwise_right_shift_(16).unsqueeze(1)
+def grey(pixels: Tensor) -> Tensor:
+    """ITU-R 601 luma as Pillow's convert("L"), which is ⌊(19595 R + 38470 G + 7471 B + 2¹⁵)/2¹⁶⌋.
+
+    float32 `[B, 3, H, W]`, whole numbers 0..255, to the same, `[B, 1, H, W]`. Exact: every sum has
+    at most 24 bits, float32's significand.
+    """
+    red, green, blue = pixels.unbind(1)
+    luma = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536)
+    return luma.add_(blue, alpha=7471 / 65536).add_(0.5).floor_().unsqueeze(1)
 
 
-def adjust_brightness(images: Tensor, factor: float | Tensor) -> Tensor:
-    """Pillow's ImageEnhance.Brightness; `factor` one for all or float32 `[B]`."""
-    return to_uint8(images.to(torch.float32).mul_(per_image(factor)).clamp_(max=255))
+# The four adjustments of ColorJitter work in place on levels 0..255 in int16 `[B, 3, H, W]`, from
+# which, on CPUs, floating point is reached and left in half the time that uint8 takes.
 
 
-def adjust_contrast(images: Tensor, factor: float | Tensor) -> Tensor:
+def brightness_(levels: Tensor, factor: float | Tensor) -> Tensor:
+    """Pillow's ImageEnhance.Brightness; `factor` one for all or float32 `[B]`, at least 0."""
+    return levels.copy_(levels.to(torch.float32).mul_(per_image(factor)).clamp_(max=255))
+
+
+def contrast_(levels: Tensor, factor: float | Tensor) -> Tensor:
     """Pillow's ImageEnhance.Contrast: away from the image's mean grey, rounded to an integer."""
-    pixels = images.shape[2] * images.shape[3]
-    total = grey(images).sum(dim=(1, 2, 3))
-    # int(total / pixels + 0.5) without leaving the integers, so that no device rounds differently.
-    mean = torch.div(2 * total + pixels, 2 * pixels, rounding_mode="floor")
-    return blend(mean[:, None, None, None], images, factor)
+    pixels = levels.to(torch.float32)
+    count = levels.shape[2] * levels.shape[3]
+    # A row's sum is exact in float32, an image's need not be.
+    total = grey(pixels).sum(dim=3).to(torch.int64).sum(dim=(1, 2))
+    # int(total / count + 0.5) without leaving the integers, so that no device rounds differently.
+    mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor")
+    return levels.copy_(blend(per_image(mean.to(torch.float32)), pixels, factor))
 
 
-def adjust_saturation(images: Tensor, factor: float | Tensor) -> Tensor:
+def saturation_(levels: Tensor, factor: float | Tensor) -> Tensor:
     """Pillow's ImageEnhance.Color: away from the image's grey."""
-    return blend(grey(images), images, factor)
+    pixels = levels.to(torch.float32)
+    return levels.copy_(blend(grey(pixels), pixels, factor))
 
 
-def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+def hue_(levels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` (float32 `[B]`, −0.5..0.5 turns), keeping HSV value and saturation.
 
-    Computed in float32 and rounded, where Pillow's HSV has 8 bits a channel: for turns within ±0.1,
-    98 % of all colours and turns come out within 6 levels of Pillow's, the farthest 18.
+    The exact result rounded to whole levels, where Pillow's HSV has 8 bits a channel: for turns
+    within ±0.1, 98 % of all colours and turns come out within 6 levels of Pillow's, the farthest 18.
     """
-    channels = images.to(torch.float32)
-    red, green, blue = channels.unbind(1)
-    top = channels.amax(1)
-    chroma = top - channels.amin(1)
-    # Each test selects the sextant by which channel is the largest; grey pixels (chroma 0) have no
-    # hue and come out unchanged whatever sextant they are given.
-    scale = 1 / chroma.clamp(min=1)
-    from_red = (green - blue) * scale
-    from_green = (blue - red) * scale + 2
-    from_blue = (red - green) * scale + 4
-    hue = torch.where(top == red, from_red, torch.where(top == green, from_green, from_blue))
-    hue = hue + 6 * shift[:, None, None]
-    turned = torch.empty_like(channels)
-    # f(n) = V − C·max(0, min(k, 4 − k, 1)), k = (n + hue) mod 6, for n = 5, 3, 1
-    for channel, offset in enumerate((5, 3, 1)):
-        k = torch.remainder(hue + offset, 6)
-        turned[:, channel] = top - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return to_uint8(turned.add_(0.5))
+    # Hue in sextants times the chroma C = max − min is a sum of channels, with no division: from
+    # pure red a colour lies max − 2 min + (red + green + blue) − 2 red away, on the one side or the
+    # other by the sign of green − blue. `turn` is added, and at a distance d around the circle of
+    # 6C the new red is min + clamp(2C − d, 0, C). Green and blue likewise. All but the turn are
+    # whole levels, so rounding it rounds the result.
+    red, green, blue = levels.unbind(1)
+    top = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = (top - low)[:, None]
+    turn = chroma.to(torch.float32).mul_(6 * per_image(shift)).round_().to(torch.int16)
+    opposite = torch.stack([green - blue, blue - red, red - green], 1).clamp_(-1, 0)  # −1 or 0
+    base = (red + green).add_(blue).add_(top).sub_(low, alpha=2)[:, None]
+    distance = torch.sub(base, levels, alpha=2, out=levels)
+    distance.addcmul_(distance, opposite, value=2).add_(turn).abs_()
+    # Beyond 3C the circle comes back: 3C − d = |3C − distance|, which is to lie in C..2C.
+    distance.sub_(chroma, alpha=3).abs_().clamp_(chroma, 2 * chroma)
+    return distance.add_(low[:, None] - chroma)
 
 
 class ColorJitter(Augmentation):
@@ -238,16 +250,26 @@ class ColorJitter(Augmentation):
         return torch.cat([order.masked_fill(skipped, -1).to(torch.float32), parameters], dim=1)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        brightness, contrast, saturation, hue = draws.device[:, 4:].unbind(1)
-        adjustments = (
-            lambda part, rows: adjust_brightness(part, brightness[rows]),
-            lambda part, rows: adjust_contrast(part, contrast[rows]),
-            lambda part, rows: adjust_saturation(part, saturation[rows]),
-            lambda part, rows: adjust_hue(part, hue[rows]),
-        )
-        for group in draws.host[:, :4].to(torch.int64).unbind(1):
-            images = apply_in_groups(images, group, adjustments)
-        return images
+        parameters = draws.device[:, 4:].unbind(1)
+        functions = [
+            partial(_adjust, adjustment, parameter)
+            for adjustment, parameter in zip(ADJUSTMENTS, parameters, strict=True)
+        ]
+        groups = draws.host[:, :4].to(torch.int64)
+        return apply_in_groups(images.to(torch.int16), groups, functions).to(torch.uint8)
+
+
+ADJUSTMENTS = (brightness_, contrast_, saturation_, hue_)
+
+
+def _adjust(
+    adjustment: Callable[[Tensor, Tensor], Tensor],
+    parameter: Tensor,
+    levels: Tensor,
+    rows: Tensor,
+    turn: int,
+) -> Tensor:
+    return adjustment(levels, parameter[rows])
 
 
 def draw_chosen(batch: int, probability: float, generator: torch.Generator) -> Tensor:
@@ -268,12 +290,14 @@ class RandomGrey(Augmentation):
         return draw_chosen(batch, self.probability, generator)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        group = draws.host[:, 0].to(torch.int64)
-        return apply_in_groups(images, group, [lambda part, rows: grey(part).expand_as(part)])
+        def turn_grey(part: Tensor, rows: Tensor, turn: int) -> Tensor:
+            return to_uint8(grey(part.to(torch.float32))).expand_as(part)
+
+        return apply_in_groups(images, draws.host.to(torch.int64), [turn_grey])
 
 
 def _triangle(distance: Tensor) -> Tensor:
-    return (1 - distance).clamp_(min=0)
+    return distance.neg_().add_(1).clamp_(min=0)
 
 
 def _cubic(distance: Tensor) -> Tensor:
@@ -305,24 +329,32 @@ def resize_weights(
     scale = (length / size)[:, None, None]
     width = scale.abs().clamp(min=1)  # a kernel never narrower than a source pixel: antialiasing
     output = torch.arange(size, device=device)[None, :, None] + 0.5
-    pixel = torch.arange(source, device=device)[None, None, :]
+    pixel = torch.arange(source, device=device)[None, None, :] + 0.5
     centre = start[:, None, None] + output * scale
-    weights = KERNELS[kernel]((pixel + 0.5 - centre).abs_().div_(width))
-    weights *= (pixel >= low[:, None, None]) & (pixel < high[:, None, None])
-    return weights / weights.sum(2, keepdim=True)
+    weights = KERNELS[kernel]((pixel - centre).abs_().div_(width))
+    inside = (pixel > low[:, None, None]) & (pixel < high[:, None, None])
+    weights.mul_(inside.to(torch.float32))
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Resample uint8 `[B, 3, H, W]` by weights `[B, h, H]` and `[B, w, W]` to `[B, 3, h, w]`.
 
+    Weights `[1, …]` serve all images.
+
     Along x, then along y, rounded and clipped to 0..255 after each, as Pillow does: equal, but for
     values that lie within float32's rounding of a half (1, rarely 2 apart). Pillow from 13 on takes
     y first for tall crops that shrink: there bilinear is up to 2 apart, bicubic at sharp edges 32.
     """
-    pixels = torch.matmul(images.to(torch.float32), columns[:, None].transpose(2, 3))
-    pixels.add_(0.5).floor_().clamp_(0, 255)
-    pixels = torch.matmul(rows[:, None], pixels)
-    return to_uint8(pixels.add_(0.5).clamp_(0, 255))
+    batch, channels, height, width = images.shape
+    # One product an image, not one a channel: all its rows side by side, then all its columns.
+    pixels = images.to(torch.float32).reshape(batch, channels * height, width)
+    columns = columns.transpose(1, 2).expand(batch, -1, -1)
+    pixels = torch.bmm(pixels, columns).add_(0.5).floor_().clamp_(0, 255)
+    pixels = pixels.view(batch, channels, height, -1).transpose(1, 2).reshape(batch, height, -1)
+    pixels = torch.bmm(rows.expand(batch, -1, -1), pixels)
+    pixels = to_uint8(pixels.add_(0.5).clamp_(0, 255))
+    return pixels.view(batch, pixels.shape[1], channels, -1).transpose(1, 2).contiguous()
 
 
 class RandomResizedCropFlip(Augmentation):
@@ -435,5 +467,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """uint8 `[B, 3, H, W]` to float32 `(x/255 − mean)/std`, in channels_last memory."""
     scale = constant(tuple(1 / (255 * s) for s in std), images.device)
     shift = constant(tuple(-m / s for m, s in zip(mean, std, strict=True)), images.device)
-    pixels = images.to(torch.float32, memory_format=torch.channels_last)
-    return pixels.mul_(scale[:, None, None]).add_(shift[:, None, None])
+    pixels = images.to(torch.float32).mul_(scale[:, None, None]).add_(shift[:, None, None])
+    # Last, since arithmetic and casts are several times slower on CPUs while channels lie last.
+    return pixels.contiguous(memory_format=torch.channels_last)

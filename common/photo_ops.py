@@ -6,12 +6,12 @@ uint8 `[B, 3, H, W]` on any device, in the two steps of `common/image_ops.py`'s 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.distributed import send
 from common.image_ops import Augmentation, Draws, apply_in_groups, draw_chosen, to_uint8
 
 
@@ -27,8 +27,8 @@ class RandomFlip(Augmentation):
         return draw_chosen(batch, self.probability, generator)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        group = draws.host[:, 0].to(torch.int64)
-        return apply_in_groups(images, group, [lambda part, rows: part.flip(3)])
+        groups = draws.host.to(torch.int64)
+        return apply_in_groups(images, groups, [lambda part, rows, turn: part.flip(3)])
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -63,7 +63,7 @@ class GaussianBlur(Augmentation):
     """Blur an image with this probability by a Gaussian whose σ is drawn for it uniformly.
 
     Args:
-        sigma: least and greatest σ, in pixels, above 0. The kernel reaches 4 times the greatest.
+        sigma: least and greatest σ, in pixels, above 0. An image's kernel reaches 4σ at least.
         probability: of an image to be blurred at all.
 
     Pillow's `ImageFilter.GaussianBlur(σ)` approximates the Gaussian by three box filters along each
@@ -78,7 +78,8 @@ class GaussianBlur(Augmentation):
     def __init__(self, sigma: tuple[float, float] = (0.1, 2.0), probability: float = 0.5) -> None:
         self.sigma = sigma
         self.probability = probability
-        self.radius = math.ceil(4 * sigma[1])
+        # Small kernels are cheaper: images go in groups by the radius that their σ needs.
+        self.radii = range(2, math.ceil(4 * sigma[1]) + 2, 2)
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         group = draw_chosen(batch, self.probability, generator)
@@ -86,11 +87,14 @@ class GaussianBlur(Augmentation):
         return torch.cat([group, sigma], dim=1)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        group = draws.host[:, 0].to(torch.int64)
-        sigma = draws.device[:, 1]
-        return apply_in_groups(
-            images, group, [lambda part, rows: gaussian_blur(part, sigma[rows], self.radius)]
-        )
+        chosen, sigma = draws.host.unbind(1)
+        group = ((4 * sigma / 2).ceil() - 1).where(chosen == 0, -1).to(torch.int64)
+        functions = [partial(_blur, draws.device[:, 1], radius) for radius in self.radii]
+        return apply_in_groups(images, group[:, None], functions)
+
+
+def _blur(sigma: Tensor, radius: int, images: Tensor, rows: Tensor, turn: int) -> Tensor:
+    return gaussian_blur(images, sigma[rows], radius)
 
 
 class GridShuffle(Augmentation):
@@ -151,15 +155,20 @@ class RandomApply(Augmentation):
         return torch.cat([choice, *drawn], dim=1)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        result = images.clone()
+        group = draws.host[:, 0].to(torch.int64)
+        functions = []
         start = 1
         for index, choice in enumerate(self.choices):
-            stop = start + choice.columns
-            own = draws.columns(start, stop)
-            start = stop
-            chosen = (draws.host[:, 0] == index).nonzero().flatten()
-            if len(chosen):
-                rows = send(chosen, images.device)
-                part = Draws(own.host[chosen], own.device[rows])
-                result.index_copy_(0, rows, choice.apply(images[rows], part))
-        return result
+            own = draws.columns(start, start + choice.columns)
+            start += choice.columns
+            host = own.host[group == index]  # in the order in which the images come, too
+            functions.append(partial(_apply_chosen, choice, host, own.device))
+        if len(functions) == 1:
+            group = -group  # 1 leaves the image as it is
+        return apply_in_groups(images, group[:, None], functions)
+
+
+def _apply_chosen(
+    choice: Augmentation, host: Tensor, device: Tensor, images: Tensor, rows: Tensor, turn: int
+) -> Tensor:
+    return choice.apply(images, Draws(host, device.index_select(0, rows)))

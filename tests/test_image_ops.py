@@ -29,15 +29,15 @@ from common.image_ops import (
     Draws,
     RandomGrey,
     RandomResizedCropFlip,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
     apply_in_groups,
+    brightness_,
+    contrast_,
     draw_crops,
     grey,
+    hue_,
     normalise,
     resize_centre_crop,
+    saturation_,
 )
 from common.randaugment import RandAugment
 from pillow_reference import pale, pictures, to_pillow, to_tensor
@@ -62,6 +62,13 @@ def difference(result: Tensor, expected: Tensor) -> Tensor:
     return (result.float() - expected.float()).abs()
 
 
+def adjusted(
+    adjust: Callable[[Tensor, Tensor], Tensor], images: Tensor, values: Tensor
+) -> Tensor:
+    """One of ColorJitter's adjustments, which work in place on int16."""
+    return adjust(images.to(torch.int16), values).to(torch.uint8)
+
+
 # One value an image: brightness, contrast, saturation, grey --------------------------------------
 
 
@@ -69,9 +76,9 @@ def difference(result: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("adjust", "enhancer"),
     [
-        (adjust_brightness, ImageEnhance.Brightness),
-        (adjust_contrast, ImageEnhance.Contrast),
-        (adjust_saturation, ImageEnhance.Color),
+        (brightness_, ImageEnhance.Brightness),
+        (contrast_, ImageEnhance.Contrast),
+        (saturation_, ImageEnhance.Color),
     ],
 )
 def test_adjustments_equal_pillow_bit_for_bit(
@@ -85,16 +92,16 @@ def test_adjustments_equal_pillow_bit_for_bit(
         enhancer(image).enhance(factor)
         for image, factor in zip(to_pillow(images), factors.tolist(), strict=True)
     ]
-    assert_equal(adjust(images, factors), to_tensor(expected), enhancer.__name__)
+    assert_equal(adjusted(adjust, images, factors), to_tensor(expected), enhancer.__name__)
     assert_equal(images, before, f"the input of {enhancer.__name__}")
 
 
 def test_grey_equals_pillow() -> None:
     colours = torch.randint(256, (1, 3, 1024, 1024), generator=seeded(2), dtype=torch.uint8)
     for images in (colours, cached_pictures(90, ODD_SIZE)):
-        result = grey(images)
+        result = grey(images.float())
         expected = [image.convert("L").convert("RGB") for image in to_pillow(images)]
-        assert result.dtype == torch.int32
+        assert result.dtype == torch.float32
         assert result.shape == (len(images), 1, *images.shape[2:])
         assert_equal(result.expand_as(images).to(torch.uint8), to_tensor(expected), "grey")
 
@@ -106,7 +113,7 @@ def test_hue_equals_colorsys_up_to_rounding() -> None:
     images = cached_pictures(60, (16, 16))
     shifts = torch.rand(len(images), generator=seeded(3)) - 0.5
     shifts[:4] = torch.tensor([-0.5, 0.5, 0.1, -0.1])
-    turned = adjust_hue(images, shifts).flatten(2).transpose(1, 2)  # [B, pixels, channels]
+    turned = adjusted(hue_, images, shifts).flatten(2).transpose(1, 2)  # [B, pixels, channels]
     expected = []
     for pixels, shift in zip(
         images.flatten(2).transpose(1, 2).tolist(), shifts.tolist(), strict=True
@@ -125,13 +132,13 @@ def test_hue_turned_by_known_angles() -> None:
     complement = colours.amax(0) - (colours - colours.amin(0))
     expected = [colours, colours[[2, 0, 1]], colours[[1, 2, 0]], complement, complement]
     shifts = torch.tensor([0, 1 / 3, -1 / 3, 0.5, -0.5])
-    turned = adjust_hue(colours.expand(5, -1, -1, -1), shifts)
+    turned = adjusted(hue_, colours.expand(5, -1, -1, -1), shifts)
     assert_equal(turned, torch.stack(expected), "hue")
 
 
 def test_hue_leaves_grey_pixels() -> None:
     greys = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(201, 3, -1, -1)
-    assert_equal(adjust_hue(greys, torch.linspace(-0.5, 0.5, 201)), greys, "greys")
+    assert_equal(adjusted(hue_, greys, torch.linspace(-0.5, 0.5, 201)), greys, "greys")
 
 
 def test_hue_against_pillows_coarse_one() -> None:
@@ -146,7 +153,7 @@ def test_hue_against_pillows_coarse_one() -> None:
         functional.adjust_hue(image, shift)
         for image, shift in zip(to_pillow(images), shifts.tolist(), strict=True)
     ]
-    apart = difference(adjust_hue(images, shifts), to_tensor(turned))
+    apart = difference(adjusted(hue_, images, shifts), to_tensor(turned))
     assert float(apart.max()) <= 18
     assert float((apart <= 6).float().mean()) >= 0.98
 
@@ -154,14 +161,14 @@ def test_hue_against_pillows_coarse_one() -> None:
     shift = 12 / 255 - 1e-6
     pillows = to_tensor([functional.adjust_hue(to_pillow(worst)[0], shift)])
     assert pillows.flatten().tolist() == [247, 46, 0]
-    assert adjust_hue(worst, torch.tensor([shift])).flatten().tolist() == [247, 64, 0]
+    assert adjusted(hue_, worst, torch.tensor([shift])).flatten().tolist() == [247, 64, 0]
 
 
 # ColorJitter -------------------------------------------------------------------------------------
 
 
 def jitter_image_by_image(images: Tensor, draws: Tensor) -> Tensor:
-    """The drawn adjustments in the drawn order; hue, where Pillow is coarse, by `adjust_hue`."""
+    """The drawn adjustments in the drawn order; hue, where Pillow is coarse, by `hue_`."""
     results = []
     for image, row in zip(to_pillow(images), draws.tolist(), strict=True):
         order, (brightness, contrast, saturation, hue) = row[:4], row[4:]
@@ -173,7 +180,7 @@ def jitter_image_by_image(images: Tensor, draws: Tensor) -> Tensor:
             elif adjustment == 2:
                 image = ImageEnhance.Color(image).enhance(saturation)
             elif adjustment == 3:
-                image = to_pillow(adjust_hue(to_tensor([image]), torch.tensor([hue])))[0]
+                image = to_pillow(adjusted(hue_, to_tensor([image]), torch.tensor([hue])))[0]
         results.append(image)
     return to_tensor(results)
 
@@ -602,27 +609,33 @@ def test_normalise() -> None:
 # Choices per image -------------------------------------------------------------------------------
 
 
-def test_groups_go_through_their_functions() -> None:
+def test_images_go_through_the_functions_of_their_groups_turn_by_turn() -> None:
     images = cached_pictures(7, (4, 5))
     before = images.clone()
-    group = torch.tensor([2, -1, 0, 2, -1, 0, 2])  # 1 and 3 are empty
+    # Function 1 is never chosen; in the second turn the groups are cut across.
+    groups = torch.tensor([[2, 0], [-1, 3], [0, 0], [2, -1], [-1, -1], [0, 3], [2, 2]])
     called = []
 
-    def function(number: int) -> Callable[[Tensor, Tensor], Tensor]:
-        def mark(part: Tensor, rows: Tensor) -> Tensor:
-            called.append((number, rows.tolist()))
-            assert_equal(part, before[rows], f"what function {number} is given")
-            return (part // 2 + 10 * number) + rows[:, None, None, None].to(torch.uint8)
+    def mark(number: int, level: Tensor, row: int, turn: int) -> Tensor:
+        return level // 2 + 20 * number + row + 5 * turn
 
-        return mark
+    def function(number: int) -> Callable[[Tensor, Tensor, int], Tensor]:
+        def run(part: Tensor, rows: Tensor, turn: int) -> Tensor:
+            called.append((turn, number, rows.tolist()))
+            marked = [mark(number, part[i], row, turn) for i, row in enumerate(rows.tolist())]
+            if number == 3:  # changes its images in place
+                return part.copy_(torch.stack(marked))
+            return torch.stack(marked)
 
-    result = apply_in_groups(images, group, [function(number) for number in range(4)])
-    assert called == [(0, [2, 5]), (2, [0, 3, 6])]
+        return run
+
+    result = apply_in_groups(images, groups, [function(number) for number in range(4)])
+    assert called == [(0, 0, [2, 5]), (0, 2, [0, 3, 6]), (1, 0, [0, 2]), (1, 2, [6]), (1, 3, [1, 5])]
     expected = before.clone()
-    for row in (2, 5):
-        expected[row] = before[row] // 2 + row
-    for row in (0, 3, 6):
-        expected[row] = before[row] // 2 + 20 + row
+    for turn in range(2):
+        for row, number in enumerate(groups[:, turn].tolist()):
+            if number >= 0:
+                expected[row] = mark(number, expected[row], row, turn)
     assert_equal(result, expected, "apply_in_groups")
     assert_equal(images, before, "its input")
 
@@ -630,8 +643,8 @@ def test_groups_go_through_their_functions() -> None:
 @pytest.mark.parametrize("number", [-1, 0, 1])
 def test_all_images_in_one_group(number: int) -> None:
     images = cached_pictures(5, (4, 5))
-    functions = [lambda part, rows: 255 - part, lambda part, rows: part // 2]
-    result = apply_in_groups(images, torch.full((5,), number), functions)
+    functions = [lambda part, rows, turn: 255 - part, lambda part, rows, turn: part // 2]
+    result = apply_in_groups(images, torch.full((5, 1), number), functions)
     expected = {-1: images, 0: 255 - images, 1: images // 2}[number]
     assert_equal(result, expected, f"all in group {number}")
     result.fill_(77)
