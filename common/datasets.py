@@ -255,7 +255,10 @@ def decode(path: Path) -> Image.Image:
             image = source.convert("RGBA")
         else:
             image = source
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()  # converting an RGB image would copy it
+        return image
 
 
 def decode_square(path: Path, size: int) -> np.ndarray:

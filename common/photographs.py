@@ -30,14 +30,15 @@ from common.datasets import (
 from common.distributed import Ranks
 from common.errors import UserError
 from common.image_ops import Augmentation, draw_crops
+from common.memory import keep_freed_memory
 from common.seeding import epoch_order, generator_for
 from common.shapes import CLASS_NAMES, shapes
 from common.views import ViewMaker, Views
 
 Photograph = Path | Tensor  # a file, or uint8 `[3, H, W]`
-# What a worker hands over: crops, or what is wrong with the file (exceptions leave a worker
-# garbled), and the photograph's index.
-Item = tuple[Tensor | str, int]
+# What is made of a photograph: crops uint8 `[3, size, size]`, or what is wrong with the file
+# (exceptions leave a worker garbled), and the photograph's index.
+Item = tuple[list[Tensor] | str, int]
 
 
 class PhotographSet(NamedTuple):
@@ -92,14 +93,20 @@ def read(photograph: Photograph) -> Tensor:
     return torch.from_numpy(np.array(decode(photograph))).permute(2, 0, 1)
 
 
-def crop(photograph: Tensor, box: Sequence[float], size: int) -> Tensor:
-    """Cut (top, left, height, width) out of uint8 `[3, H, W]`, resize to uint8 `[3, size, size]`.
+def resize(photograph: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 `[3, H, W]`, bilinear and antialiased; torch's kernel is within 1 of Pillow's.
 
-    Bilinear, antialiased; torch's 8-bit kernel is within 1 of Pillow's result.
+    A decoded photograph's channels lie last in memory, and stay there: its fast case.
     """
+    # The batch dimension goes in front of memory's first; photograph[None] is not seen as such.
+    batch = photograph.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def crop(photograph: Tensor, box: Sequence[float], size: int) -> Tensor:
+    """Cut (top, left, height, width) out of uint8 `[3, H, W]`, resize to uint8 `[3, size, size]`."""
     top, left, height, width = (int(edge) for edge in box)
-    part = photograph[None, :, top : top + height, left : left + width]
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+    return resize(photograph[:, top : top + height, left : left + width], size, size)
 
 
 class RandomCrops(Dataset):
@@ -110,7 +117,7 @@ class RandomCrops(Dataset):
         size: of a crop, pixels.
         scale: least and greatest area of a crop, as a share of the photograph's.
         seed: of the crops.
-        whole: applied to the whole photograph before each crop, drawn anew for each.
+        whole: applied to the whole photograph before each crop, drawn anew for each; keeps its size.
         skip_broken: in place of a file that cannot be decoded, take the next one that can.
     """
 
@@ -136,20 +143,20 @@ class RandomCrops(Dataset):
         return len(self.photographs)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        """Crops uint8 `[count, 3, size, size]`, and the index of the photograph they are from."""
+        """Crops, `count` of uint8 `[3, size, size]`, and the index of their photograph."""
         epoch, index = key
         photograph, used = self._read(index)
         if isinstance(photograph, str):
             return photograph, used
+        generator = generator_for("crop", self.seed, epoch, index)
+        size = (photograph.shape[1], photograph.shape[2])
         crops = []
-        for view in range(self.count):
-            generator = generator_for("crop", self.seed, epoch, index, view)
+        for box in draw_crops(self.count, size, self.scale, generator).tolist():
             shown = photograph
             if self.whole is not None:
                 shown = self.whole(photograph[None], generator)[0]
-            box = draw_crops(1, (shown.shape[1], shown.shape[2]), self.scale, generator)[0]
-            crops.append(crop(shown, box.tolist(), self.size))
-        return torch.stack(crops), used
+            crops.append(crop(shown, box, self.size))
+        return crops, used
 
     def examples(self, view_maker: ViewMaker, count: int = 10) -> tuple[Tensor, Views]:
         """The first photographs, squeezed to uint8 `[count, 3, size, size]`, and views of them.
@@ -159,13 +166,13 @@ class RandomCrops(Dataset):
         """
         count = min(count, len(self))
         photographs = [self._read(index)[0] for index in range(count)]
-        (first, second), _ = unpack(_stack([self[0, index] for index in range(count)]))
+        (first, second), _ = unpack(stack([self[0, index] for index in range(count)]))
         generator = generator_for("picture", self.seed)
         draws = view_maker.draw(count, (self.size, self.size), generator)
         shown = [crop(image, (0, 0, *image.shape[1:]), self.size) for image in photographs]
         return torch.stack(shown), view_maker.make(first, draws, second)
 
-    def _read(self, index: int) -> Item:
+    def _read(self, index: int) -> tuple[Tensor | str, int]:
         problem = ""
         for attempt in range(len(self) if self.skip_broken else 1):
             used = (index + attempt) % len(self)
@@ -177,7 +184,7 @@ class RandomCrops(Dataset):
 
 
 class CentreCrops(Dataset):
-    """The evaluation view of each photograph, uint8 `[1, 3, size, size]`, by index.
+    """The evaluation view of each photograph, one crop uint8 `[3, size, size]`, by index.
 
     The shorter side is resized to 8/7 of `size` (256 for 224; bilinear, antialiased), as
     torchvision's Resize does, and the centre cut out.
@@ -197,9 +204,9 @@ class CentreCrops(Dataset):
             return f"{self.photographs[index]} cannot be decoded ({error})", index
         shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
         height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
-        view = F.interpolate(photograph[None], (height, width), mode="bilinear", antialias=True)
+        view = resize(photograph, height, width)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return view[..., top : top + self.size, left : left + self.size], index
+        return [view[:, top : top + self.size, left : left + self.size]], index
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -270,7 +277,9 @@ class CropLoader:
         self.batches.epoch, self.batches.steps = epoch, range(first_step, steps)
         for step, batch in zip(self.batches.steps, self.loader, strict=True):
             crops, indices = unpack(batch)
-            yield step, crops.to(self.ranks.device, non_blocking=True), indices
+            crops = crops.to(self.ranks.device, non_blocking=True)
+            # Workers leave channels last, as decoded; what follows wants them apart.
+            yield step, crops.contiguous(), indices
 
 
 def load(dataset: Dataset, loading: Loading, ranks: Ranks, **batching: Any) -> DataLoader:
@@ -285,11 +294,11 @@ def load(dataset: Dataset, loading: Loading, ranks: Ranks, **batching: Any) -> D
     return DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=_stack,
+        collate_fn=stack,
         pin_memory=loading.pin_memory and ranks.device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=loading.prefetch if workers else None,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=start_worker,
         **batching,
     )
 
@@ -306,15 +315,24 @@ def unpack(batch: tuple[Tensor | str, Tensor]) -> tuple[Tensor, Tensor]:
     return crops, indices
 
 
-def _stack(items: list[Item]) -> tuple[Tensor | str, Tensor]:
+def stack(items: list[Item]) -> tuple[Tensor | str, Tensor]:
+    """A batch of items, to be unpacked by `unpack`; channels stay last in memory, as they come."""
     indices = torch.tensor([index for _, index in items])
     for crops, _ in items:
         if isinstance(crops, str):
             return crops, indices
-    return torch.stack([crops for crops, _ in items], dim=1), indices
+    count = len(items[0][0])
+    together = torch.stack([crops[k].permute(1, 2, 0) for k in range(count) for crops, _ in items])
+    return together.permute(0, 3, 1, 2).unflatten(0, (count, len(items))), indices
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What a worker does first."""
+    keep_freed_memory()
+    leave_signals_to_the_run()
+
+
+def leave_signals_to_the_run() -> None:
     """Ctrl-C and torchrun's SIGTERM reach workers too; the run needs them until its checkpoint.
 
     One SIGTERM is let pass, so that the exit of the run can still end a worker by another.

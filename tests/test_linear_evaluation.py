@@ -155,7 +155,7 @@ def test_cached_features_and_knn(folder: Path, weights: Path, tmp_path: Path) ->
     cached = {}
     for split in ("train", "val"):
         files = list_images(folder / split)
-        views = torch.cat([CentreCrops(files, SIZE)[index][0] for index in range(len(files))])
+        views = torch.stack([CentreCrops(files, SIZE)[index][0][0] for index in range(len(files))])
         cached[split] = features(backbone, views), labels_of(files)
     x, y = cached["train"]
 
@@ -190,7 +190,7 @@ def test_accuracies_are_over_the_whole_validation_set(
     classifier = {name: value.double() for name, value in trained(whole).items()}
     right = numpy.zeros(2)
     for index, path in enumerate(files):
-        x = features(backbone, CentreCrops(files, SIZE)[index][0])
+        x = features(backbone, CentreCrops(files, SIZE)[index][0][0][None])
         scores = (x @ classifier["weight"].T + classifier["bias"])[0]
         order = scores.argsort(descending=True).tolist()
         truth = names.index(path.parent.name)

@@ -60,9 +60,9 @@ def batches(
 
 def by_pillow(path: Path, epoch: int, index: int, view: int) -> numpy.ndarray:
     image = Image.open(path).convert("RGB")
-    generator = generator_for("crop", 3, epoch, index, view)
-    box = draw_crops(1, (image.height, image.width), SCALE, generator)[0].int().tolist()
-    top, left, height, width = box
+    generator = generator_for("crop", 3, epoch, index)
+    boxes = draw_crops(2, (image.height, image.width), SCALE, generator).int().tolist()
+    top, left, height, width = boxes[view]
     image = image.crop((left, top, left + width, top + height))
     return numpy.array(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)).astype(int)
 
@@ -70,7 +70,7 @@ def by_pillow(path: Path, epoch: int, index: int, view: int) -> numpy.ndarray:
 def test_both_crops_are_those_that_pillow_cuts(files: list[Path]) -> None:
     crops = two_crops(files)
     for index, path in enumerate(files):
-        item = crops[5, index][0].permute(0, 2, 3, 1).numpy().astype(int)
+        item = [crop.permute(1, 2, 0).numpy().astype(int) for crop in crops[5, index][0]]
         for view in range(2):
             assert numpy.abs(item[view] - by_pillow(path, 5, index, view)).max() <= 1
         assert not numpy.array_equal(item[0], item[1])
@@ -85,11 +85,13 @@ def test_a_crop_of_the_whole_at_its_own_size_is_the_photograph(files: list[Path]
 def test_the_whole_photograph_is_augmented_before_each_crop(files: list[Path]) -> None:
     whole = RandAugment(2, 9)
     item = two_crops(files, whole=whole)[2, 4][0]
+    generator = generator_for("crop", 3, 2, 4)
+    photograph = read(files[4])
+    boxes = draw_crops(2, (photograph.shape[1], photograph.shape[2]), SCALE, generator).tolist()
     for view in range(2):
-        generator = generator_for("crop", 3, 2, 4, view)
-        shown = whole(read(files[4])[None], generator)[0]
-        box = draw_crops(1, (shown.shape[1], shown.shape[2]), SCALE, generator)[0].tolist()
-        assert torch.equal(item[view], crop(shown, box, SIZE))
+        shown = whole(photograph[None], generator)[0]
+        assert torch.equal(item[view], crop(shown, boxes[view], SIZE))
+    assert not torch.equal(item[0], item[1])
 
 
 def test_batches_follow_the_epochs_order(files: list[Path]) -> None:
@@ -128,9 +130,8 @@ def test_a_broken_file_is_named_or_replaced_by_the_next(files: list[Path], worke
     assert len(batches(crops, workers)) == 2
     item, used = crops[0, 2]
     assert used == 3
-    item = item.permute(0, 2, 3, 1).numpy().astype(int)
     image = by_pillow(files[3], 0, 2, 0)  # the next file, by the draws of the broken one
-    assert numpy.abs(item[0] - image).max() <= 1
+    assert numpy.abs(item[0].permute(1, 2, 0).numpy().astype(int) - image).max() <= 1
 
 
 def test_nothing_readable_is_told(files: list[Path]) -> None:
