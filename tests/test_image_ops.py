@@ -62,9 +62,7 @@ def difference(result: Tensor, expected: Tensor) -> Tensor:
     return (result.float() - expected.float()).abs()
 
 
-def adjusted(
-    adjust: Callable[[Tensor, Tensor], Tensor], images: Tensor, values: Tensor
-) -> Tensor:
+def adjusted(adjust: Callable[[Tensor, Tensor], Tensor], images: Tensor, values: Tensor) -> Tensor:
     """One of ColorJitter's adjustments, which work in place on int16."""
     return adjust(images.to(torch.int16), values).to(torch.uint8)
 
@@ -630,7 +628,13 @@ def test_images_go_through_the_functions_of_their_groups_turn_by_turn() -> None:
         return run
 
     result = apply_in_groups(images, groups, [function(number) for number in range(4)])
-    assert called == [(0, 0, [2, 5]), (0, 2, [0, 3, 6]), (1, 0, [0, 2]), (1, 2, [6]), (1, 3, [1, 5])]
+    assert called == [
+        (0, 0, [2, 5]),
+        (0, 2, [0, 3, 6]),
+        (1, 0, [0, 2]),
+        (1, 2, [6]),
+        (1, 3, [1, 5]),
+    ]
     expected = before.clone()
     for turn in range(2):
         for row, number in enumerate(groups[:, turn].tolist()):

@@ -1,0 +1,54 @@
+"""The four views of simsiam_imagenet at 224 px from decoded photographs of 500 × 375, on one core.
+
+python benchmarks/views_224.py
+"""
+
+from __future__ import annotations
+
+import torch
+import tyro
+
+import contestants
+from common.image_ops import normalise
+from common.memory import keep_freed_memory
+from common.photographs import RandomCrops, stack
+from common.seeding import generator_for
+from common.views import ViewMaker
+from contest import Options, compare
+from simsiam_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
+
+BATCH, SIZE = 64, 224
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as every run on a CPU does
+    images = contestants.photographs(BATCH, 375, 500)
+    crops = RandomCrops(
+        [torch.from_numpy(image).permute(2, 0, 1) for image in images],
+        2,
+        SIZE,
+        CROP_SCALE,
+        0,
+        False,
+    )
+    heavy = heavy_augmentation(contestants.NUM_OPS, contestants.MAGNITUDE)
+    maker = ViewMaker(standard_augmentation(), heavy, "dssl")
+
+    def ours() -> None:
+        (first, second), _ = stack([crops[0, index] for index in range(BATCH)])
+        draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
+        for view in maker.make(first.contiguous(), draws, second.contiguous()):
+            normalise(view, contestants.MEAN, contestants.STD)
+
+    compare(
+        "four views at 224 px from 500 × 375, one core",
+        {**contestants.others(images, SIZE, has_blur=True), "this project": ours},
+        options,
+        items=BATCH,
+        core_time=True,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,46 @@
+"""The four views of simsiam_cifar10 at 32 px, on one core.
+
+python benchmarks/views_32.py
+"""
+
+from __future__ import annotations
+
+import torch
+import tyro
+
+import contestants
+from common.image_ops import normalise
+from common.memory import keep_freed_memory
+from common.randaugment import RandAugment
+from common.seeding import generator_for
+from common.views import ViewMaker
+from contest import Options, compare
+from simsiam_cifar10.augmentation import standard_augmentation
+
+BATCH, SIZE = 512, 32
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as every run on a CPU does
+    images = contestants.photographs(BATCH, SIZE, SIZE)
+    held = contestants.to_batch(images)  # as simsiam_cifar10 holds CIFAR-10 in memory
+    heavy = RandAugment(contestants.NUM_OPS, contestants.MAGNITUDE)
+    maker = ViewMaker(standard_augmentation(SIZE), heavy, "dssl")
+
+    def ours() -> None:
+        draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
+        for view in maker.make(held, draws):
+            normalise(view, contestants.MEAN, contestants.STD)
+
+    compare(
+        "four views at 32 px, one core",
+        {**contestants.others(images, SIZE, has_blur=False), "this project": ours},
+        options,
+        items=BATCH,
+        core_time=True,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
