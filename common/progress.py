@@ -26,6 +26,10 @@ class Progress:
     best_knn: float | None = None
     linear: list[int] | None = None  # steps and probe epochs of the last row of linear accuracy
 
+    def steps(self, steps_per_epoch: int) -> int:
+        """Steps done since the run began."""
+        return max(0, self.epoch - 1) * steps_per_epoch + self.step
+
     def check_images(self, count: int) -> None:
         """Refuse to go on with another data set.
 

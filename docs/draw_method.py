@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from common.cifar10 import standard_augmentation
+from common.randaugment import RandAugment
 from common.seeding import generator_for
 from common.shapes import shapes
 from common.views import ViewMaker
-from simsiam_cifar10.augmentation import heavy_augmentation, standard_augmentation
 
 SIZE = 200  # of a view, pixels
 GAP = 120
@@ -24,7 +25,7 @@ INK, SOFT = "black", (120, 120, 120)
 
 def main() -> None:
     images, _ = shapes(3, SIZE, seed=4)
-    maker = ViewMaker(standard_augmentation(SIZE), heavy_augmentation(2, 9), "dssl")
+    maker = ViewMaker(standard_augmentation(SIZE), RandAugment(2, 9), "dssl")
     image = images[2:3]
     draws = maker.draw(1, (SIZE, SIZE), generator_for("figure", 3))
     v, v_prime, heavy, heavy_prime = (to_picture(view) for view in maker.make(image, draws))

@@ -24,14 +24,12 @@ import tyro
 from torch import Tensor
 
 from common import distributed
-from common.checkpoint import Checkpoints
+from common.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
 from common.datasets import Dataset, load_images
 from common.distributed import unwrap
 from common.dssl import loss_parts
 from common.errors import StopRequested, require, run_script
-from common.image_ops import normalise, resize_centre_crop
-from common.knn import knn_accuracy
-from common.linear_probe import LinearProtocol, linear_accuracy
+from common.evaluation import Evaluation
 from common.meter import Meter, require_finite
 from common.picture import PICTURED, picture_views
 from common.precision import Precision, autocast
@@ -42,16 +40,9 @@ from common.schedule import warmup_cosine
 from common.seeding import epoch_order, generator_for
 from common.stop import StopFlag
 from common.views import Regime, ViewMaker
-from simsiam_cifar10.augmentation import (
-    heavy_augmentation,
-    probe_augmentation,
-    standard_augmentation,
-)
+from simsiam_cifar10.augmentation import heavy_augmentation
 from simsiam_cifar10.loss import pull
 from simsiam_cifar10.model import SimSiam
-
-IMAGE_SIZE = 32
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 @dataclass(frozen=True)
@@ -110,75 +101,49 @@ def main(config: Config) -> None:
     device = ranks.device
     rows = ranks.share(config.batch_size)
     require(config.batch_size >= 2 * ranks.world_size, "--batch-size: BatchNorm needs 2 a process")
-    view_maker = ViewMaker(
-        standard_augmentation(IMAGE_SIZE),
-        heavy_augmentation(config.randaug_num_ops, config.randaug_magnitude),
-        config.regime,
-    )
+    heavy = heavy_augmentation(config.randaug_num_ops, config.randaug_magnitude)
+    view_maker = ViewMaker(standard_augmentation(), heavy, config.regime)
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(config.seed)
-    network = SimSiam(config.backbone, config.width, config.projector_dim, config.predictor_dim).to(
-        memory_format=torch.channels_last
-    )
-    model = ranks.wrap(network)
+    network = SimSiam(config.backbone, config.width, config.projector_dim, config.predictor_dim)
+    model = ranks.wrap(network.to(memory_format=torch.channels_last))
     network = unwrap(model)
     if config.compile:
         network.compile()
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(config.precision, device):
-            return model(normalise(view, MEAN, STD))
-
-    def encode(view: Tensor) -> Tensor:
-        with autocast(config.precision, device):
-            return network.backbone(normalise(view, MEAN, STD))
-
-    def encode_test(images: Tensor) -> Tensor:
-        return encode(resize_centre_crop(images, 36, IMAGE_SIZE, "bicubic"))
+            return model(normalised(view))
 
     # ---------------------------------------------------------------- data
     name = f"{config.regime}-seed{config.seed}"
     run_dir = Path(config.run_dir or REPOSITORY / "runs" / "simsiam_cifar10" / name)
     log = RunLog(run_dir, asdict(config), config.fresh, ranks)
     saved = log.load_checkpoint()
-    train, test = load_images(
-        config.dataset,
-        config.data_root,
-        IMAGE_SIZE,
-        config.seed,
-        config.skip_broken,
-        config.batch_size,
-        ranks,
-    )
+    source = (config.dataset, config.data_root, IMAGE_SIZE, config.seed, config.skip_broken)
+    train, test = load_images(*source, config.batch_size, ranks)
     train, test = train.to(device), test and test.to(device)
     steps_per_epoch = len(train) // config.batch_size
     last_step = config.epochs * steps_per_epoch
     if config.max_steps:
         last_step = min(last_step, config.max_steps)
-
     stop = StopFlag(ranks)
-
-    def evaluate() -> float:
-        ranks.broadcast_buffers(network)
-        return knn_accuracy(network.backbone, train, test, encode_test, ranks, stop.check)
 
     # ---------------------------------------------------------------- optimiser
     peak_lr = config.base_lr * config.batch_size / 256
     optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=peak_lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        model.parameters(), lr=peak_lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    parts = {"model": network, "optimiser": optimiser}  # of a checkpoint
 
     # ---------------------------------------------------------------- resume
     progress = Progress()
     if saved is not None:
         progress = Progress(**saved["progress"])
         progress.check_images(len(train))
-        network.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
+        for key, module in parts.items():
+            module.load_state_dict(saved[key])
     progress.images = len(train)
     log.open(saved["metrics_bytes"] if saved else 0, progress.epoch)
     meter = Meter(ranks, progress.sums, progress.step)
@@ -188,22 +153,22 @@ def main(config: Config) -> None:
         require_finite(network)
         ranks.broadcast_buffers(network)
         progress.step, progress.sums = meter.steps, meter.sums
-        state = {"model": network.state_dict(), "optimiser": optimiser.state_dict()}
+        state = {key: module.state_dict() for key, module in parts.items()}
         log.save({**state, "progress": asdict(progress)}, must=must)
 
     # ---------------------------------------------------------------- train
     last_epoch = -(-last_step // steps_per_epoch)
-    size = (train.images.shape[2], train.images.shape[3])
-    bar = Bar(last_step, max(0, progress.epoch - 1) * steps_per_epoch + progress.step, ranks)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    evaluation = Evaluation(
+        network, train, test, config.precision, config.seed, progress, log, stop
+    )
+    bar = Bar(last_step, progress.steps(steps_per_epoch), ranks)
     try:
         if progress.epoch == 0:
             shown = train.images[:PICTURED]
             draws = view_maker.draw(len(shown), size, generator_for("picture", config.seed))
             log.picture(picture_views(shown, view_maker.make(shown, draws)))
-            if test is not None:
-                progress.untrained_knn = progress.knn = evaluate()
-                log.write(0, {"knn": progress.knn})
-                log.tell(f"epoch 0 (untrained): kNN {progress.knn:.2f} %")
+            evaluation.before_training()
             progress.epoch = 1
             save()
 
@@ -244,12 +209,8 @@ def main(config: Config) -> None:
             if not is_whole:
                 save(must=True)  # --max-steps ends within the epoch; a higher one goes on from here
             is_evaluated = config.knn_every and epoch % config.knn_every == 0
-            if test is not None and (is_evaluated or epoch == last_epoch):
-                progress.knn = row["knn"] = evaluate()
-                if is_whole and progress.knn > (progress.best_knn or 0):
-                    progress.best_knn = progress.knn
-                    best = {"model": network.state_dict(), "epoch": epoch, "knn": progress.knn}
-                    log.save_file("best.pt", best)
+            if is_evaluated or epoch == last_epoch:
+                row |= evaluation.after_epoch(epoch, is_whole=is_whole)
             log.write(epoch, row)
             log.tell_epoch(epoch, last_epoch, row)
             if is_whole:
@@ -265,30 +226,7 @@ def main(config: Config) -> None:
     # ---------------------------------------------------------------- result
     ranks.broadcast_buffers(network)
     log.save_file("backbone.pt", network.backbone.state_dict(), must=True)
-    linear = None
-    if test is not None and config.linear_epochs:
-        done = [(progress.epoch - 1) * steps_per_epoch + progress.step, config.linear_epochs]
-        linear = linear_accuracy(
-            network.backbone,
-            train,
-            test,
-            probe_augmentation(IMAGE_SIZE),
-            encode,
-            encode_test,
-            LinearProtocol(config.linear_epochs, batch_size=256, lr=30.0, milestones=(0.6, 0.8)),
-            seed=config.seed,
-            stamp=done[0],
-            checkpoints=Checkpoints(
-                log.folder, "linear_last.pt", "linear_previous.pt", "remove these to train anew"
-            ),
-            ranks=ranks,
-            stop=stop,
-        )
-        if progress.linear != done:  # otherwise the row stands in the log already
-            log.write(last_epoch, {"linear": linear})
-            progress.linear = done
-            if progress.epoch > last_epoch:
-                save(must=True)
+    linear = evaluation.linear(config.linear_epochs, last_epoch, steps_per_epoch, save)
     log.tell_result(progress, linear)
     log.close()
     distributed.finish()
