@@ -33,7 +33,7 @@ from byol_harder_aug_imagenet.augmentation import (
     whole_augmentation,
 )
 from byol_harder_aug_imagenet.loss import pull
-from byol_harder_aug_imagenet.model import BYOL
+from byol_harder_aug_imagenet.model import online_network
 from common import distributed
 from common.distributed import unwrap
 from common.dssl import loss_parts
@@ -131,7 +131,7 @@ def main(config: Config) -> None:
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(config.seed)
-    network = BYOL(config.backbone, config.hidden_dim, config.projector_dim)
+    network = online_network(config.backbone, config.hidden_dim, config.projector_dim)
     model = ranks.wrap(network.to(memory_format=torch.channels_last))
     network = unwrap(model)
     target_network = make_target(network)

@@ -11,7 +11,8 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from byol_harder_aug_imagenet.model import BYOL
+import byol_cifar10.model
+import byol_harder_aug_imagenet.model
 from common.collapse import spread
 from common.errors import UserError
 from common.resnet import CifarResNet, imagenet_resnet
@@ -356,9 +357,15 @@ def test_simsiam_imagenet_heads_and_initialisation() -> None:
     assert checked == 20 + 2 * 5  # convolutions; weights and biases of the five Linears
 
 
-def test_byol_heads_and_projections() -> None:
+@pytest.mark.parametrize("is_cifar", [True, False])
+def test_byol_heads_and_projections(is_cifar: bool) -> None:
     torch.manual_seed(0)
-    network = BYOL("resnet18", hidden_dim=4096, projector_dim=256)
+    if is_cifar:
+        network = byol_cifar10.model.online_network("resnet18", 64, 4096, 256)
+        assert count(network.backbone) == 11_168_832
+    else:
+        network = byol_harder_aug_imagenet.model.online_network("resnet18", 4096, 256)
+        assert count(network.backbone) == 11_176_512
     linear, norm = (lambda a, b: a * b + b), (lambda d: 2 * d)
     assert count(network.projector) == linear(512, 4096) + norm(4096) + linear(4096, 256)
     assert count(network.predictor) == linear(256, 4096) + norm(4096) + linear(4096, 256)

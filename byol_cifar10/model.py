@@ -1,0 +1,16 @@
+"""BYOL's online network for CIFAR-10; the target network is a copy (`common/ema.py`)."""
+
+from __future__ import annotations
+
+from common.byol import BYOL
+from common.resnet import CifarResNet, Depth
+
+
+def online_network(architecture: Depth, width: int, hidden_dim: int, projector_dim: int) -> BYOL:
+    """BYOL over a ResNet for 32 px, with byol_harder_aug_imagenet's heads: this project's choice.
+
+    Args:
+        architecture, width: of the backbone.
+        hidden_dim, projector_dim: of the heads, as in `BYOL`.
+    """
+    return BYOL(CifarResNet(architecture, width), hidden_dim, projector_dim)

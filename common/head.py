@@ -1,0 +1,15 @@
+"""The head that BYOL's and SimCLR's networks put on a backbone."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Linear, BatchNorm, ReLU, Linear: float `[B, inputs]` to `[B, outputs]`."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, outputs),
+    )
