@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
@@ -107,10 +108,33 @@ class Ranks:
         dist.all_gather(parts, columns.contiguous())
         return torch.cat(parts, dim=1)
 
+    def join_batch(self, rows: Tensor) -> Tensor:
+        """Every rank's `share` `[B, …]` of a batch, in order: `[B · world_size, …]`, on every rank.
+
+        Gradients come back to each rank's own rows as the sum over all ranks' losses; DDP then
+        divides by the number of ranks, so means over a share add up to the mean over the batch.
+        """
+        return rows if self.world_size == 1 else _JoinBatch.apply(rows, self)
+
     def wait(self) -> None:
         """Wait until every rank has come this far."""
         if self.world_size > 1:
             dist.barrier()
+
+
+class _JoinBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        parts = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        # A copy: the incoming gradient may be another function's too.
+        total = ctx.ranks.sum(gradient.clone(memory_format=torch.contiguous_format))
+        return total[ctx.ranks.share(len(total))], None
 
 
 def start(device: str) -> Ranks:

@@ -42,6 +42,7 @@ def loss_parts(
     pull: Callable[[Tensor, Tensor], Tensor],
     reverse_weight: float = 0.0,
     target: Callable[[Tensor, Tensor], Tensor] = own_projection,
+    symmetric_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Part]:
     """Yield the parts of a step's loss; call `part.loss.backward()` before asking for the next.
 
@@ -57,14 +58,43 @@ def loss_parts(
             towards its heavy one instead.
         target: a view and its z to what others are pulled towards, `[B, d]`: z itself, or ξ by a
             target network. Called once for each view that is a target, and for no other.
+        symmetric_loss: L_S as one term over both views' projections, gradient to both, such as
+            NT-Xent; None: each prediction is pulled towards the other view's target.
+
+    Raises:
+        ValueError: for a reverse weight above 0 beside `symmetric_loss`.
     """
+    if symmetric_loss is not None and reverse_weight > 0:
+        raise ValueError(
+            f"a reverse weight of {reverse_weight} does not go with an L_S that is one term: it "
+            "goes backward before there are heavy views to be pulled to; leave it at 0"
+        )
     if regime != "dssl":
         first, second = views[2:] if regime == "joint" else views[:2]
         with no_sync(model):
             p_1, z_1 = forward(first)
         p_2, z_2 = forward(second)
-        symmetric = pull(p_1, target(second, z_2)) + pull(p_2, target(first, z_1))
+        if symmetric_loss is None:
+            symmetric = pull(p_1, target(second, z_2)) + pull(p_2, target(first, z_1))
+        else:
+            symmetric = symmetric_loss(z_1, z_2)
         yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
+        return
+
+    if symmetric_loss is not None:
+        with no_sync(model):
+            _, z_1 = forward(views.standard_1)
+            _, z_2 = forward(views.standard_2)
+            symmetric = symmetric_loss(z_1, z_2)
+            yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
+
+            p_heavy, _ = forward(views.heavy_1)
+            asymmetric = pull(p_heavy, target(views.standard_1, z_1))
+            yield Part(asymmetric, {"asymmetric": asymmetric.detach()})
+
+        p_heavy, _ = forward(views.heavy_2)
+        asymmetric = pull(p_heavy, target(views.standard_2, z_2))
+        yield Part(asymmetric, {"asymmetric": asymmetric.detach()})
         return
 
     s = reverse_weight

@@ -1,7 +1,8 @@
-"""The similarity that SimSiam and BYOL maximise."""
+"""The cosine similarity that every loss here is made of."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,3 +18,17 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
         float32 scalar, −1 (aligned) .. 1.
     """
     return -F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """cos of each a with each b; gradient to both.
+
+    Args:
+        a: float `[A, d]`, any length.
+        b: float `[B, d]`, likewise.
+
+    Returns:
+        float32 `[A, B]`, −1..1, under autocast too.
+    """
+    with torch.autocast(a.device.type, enabled=False):  # it would multiply matrices in bf16
+        return F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -22,26 +24,40 @@ from common.features import extract_features
 from common.knn import knn_accuracy, knn_predict
 from common.meter import Meter
 from common.views import Views
+from simclr_cifar10.loss import nt_xent
+from simclr_cifar10.loss import pull as info_nce
+from simclr_cifar10.model import SimCLR
 from simsiam_cifar10.loss import pull
 from simsiam_cifar10.model import SimSiam
 
+Network = TypeVar("Network", bound=nn.Module)
+
 BATCH = 32
 BYOL = -1.0  # in place of s: targets by a target network
+REGIMES = ("baseline", "joint", "dssl")
 CASES = [
-    *[(regime, s) for regime in ("baseline", "joint", "dssl") for s in (0.0, BYOL)],
+    *[(regime, s) for regime in REGIMES for s in (0.0, BYOL)],
     ("dssl", 0.1),
 ]
+
+
+def without_norm(network: Network) -> Network:
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    return network
 
 
 def make_network(norm: bool) -> SimSiam:
     torch.manual_seed(0)
     network = SimSiam("resnet18", width=8, projector_dim=8, predictor_dim=4)
-    if not norm:
-        for module in list(network.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                    setattr(module, name, nn.Identity())
-    return network
+    return network if norm else without_norm(network)
+
+
+def make_simclr() -> SimCLR:
+    torch.manual_seed(0)
+    return without_norm(SimCLR("resnet18", width=8, hidden_dim=16, projector_dim=8))
 
 
 def make_views() -> Views:
@@ -58,6 +74,32 @@ def gradients(model: nn.Module, views: Views, regime: str, s: float) -> dict[str
     for part in loss_parts(model, model, views, regime, pull, max(s, 0), target):
         part.loss.backward()
     return {name: p.grad.clone() for name, p in unwrap(model).named_parameters()}
+
+
+def simclr_step(model: nn.Module, views: Views, regime: str, ranks: Ranks) -> dict[str, Any]:
+    """The gradients, the loss and, in the order of the passes, which of them DDP joins."""
+    passes: list[str] = []
+
+    def tell(name: str) -> None:
+        joins = getattr(model, "require_backward_grad_sync", False)
+        passes.append(f"{name}, joined" if joins else name)
+
+    def forward(view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tell("forward")
+        z = model(view)
+        return z, z
+
+    loss = torch.zeros(())
+    pull_heavy = partial(info_nce, temperature=0.5, ranks=ranks)
+    symmetric_loss = partial(nt_xent, temperature=0.5, ranks=ranks)
+    for part in loss_parts(
+        model, forward, views, regime, pull_heavy, symmetric_loss=symmetric_loss
+    ):
+        tell("backward")
+        part.loss.backward()
+        loss += part.loss.detach()
+    grads = {name: p.grad.clone() for name, p in unwrap(model).named_parameters()}
+    return {"loss": loss, "passes": passes, "gradients": grads}
 
 
 def slices(views: Views, rows: slice) -> Views:
@@ -91,6 +133,14 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
             model = ranks.wrap(make_network(norm))
             grads = gradients(model, slices(make_views(), rows), regime, s)
             result[f"{norm} {regime} {s}"] = grads
+    for regime in REGIMES:
+        model = ranks.wrap(make_simclr())
+        result[f"simclr {regime}"] = simclr_step(model, slices(make_views(), rows), regime, ranks)
+
+    mine = torch.arange(12.0).view(4, 3)[rank * 2 :][:2].requires_grad_()
+    joined = ranks.join_batch(mine)
+    ((rank + 1) * joined * torch.arange(12.0).view(4, 3)).sum().backward()
+    result["joined"], result["joined gradient"] = joined.detach(), mine.grad
 
     network = make_network(norm=True)
     for buffer in network.buffers():
@@ -159,6 +209,37 @@ def test_without_batch_norm_two_ranks_equal_the_joined_batch(
     for name, gradient in expected.items():
         ours = results[0][f"False {regime} {s}"][name]
         assert torch.allclose(ours, gradient, rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_simclrs_negatives_on_two_ranks_are_those_of_the_joined_batch(
+    results: list[dict], regime: str
+) -> None:
+    one = Ranks(0, 1, torch.device("cpu"))
+    expected = simclr_step(make_simclr(), make_views(), regime, one)
+    ours = [result[f"simclr {regime}"] for result in results]
+    assert torch.allclose((ours[0]["loss"] + ours[1]["loss"]) / 2, expected["loss"], atol=1e-6)
+    for name, gradient in expected["gradients"].items():
+        first, second = (step["gradients"][name] for step in ours)
+        assert torch.equal(first, second), name
+        assert torch.allclose(first, gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_gradients_are_joined_once_a_step(results: list[dict]) -> None:
+    last = ["forward, joined", "backward, joined"]
+    for result in results:
+        for regime in ("baseline", "joint"):
+            assert result[f"simclr {regime}"]["passes"] == ["forward", *last]
+        passes = result["simclr dssl"]["passes"]
+        assert passes == ["forward", "forward", "backward", "forward", "backward", *last]
+
+
+def test_a_joined_batch_gives_each_rank_the_gradients_of_all(results: list[dict]) -> None:
+    rows = torch.arange(12.0).view(4, 3)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["joined"], rows)
+        # rank 0's loss weighs 1, rank 1's 2
+        assert torch.equal(result["joined gradient"], 3 * rows[rank * 2 :][:2])
 
 
 def test_ranks_share_the_batch_in_order(results: list[dict]) -> None:

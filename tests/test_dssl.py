@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.distributed import Ranks
 from common.dssl import loss_parts
 from common.views import Views
+from simclr_cifar10.loss import nt_xent
 from simsiam_cifar10.loss import pull
 from simsiam_cifar10.model import SimSiam
 
@@ -46,6 +50,7 @@ def make_network() -> SimSiam:
     return SimSiam("resnet18", width=8, projector_dim=8, predictor_dim=4).double()
 
 
+ONE_TERM = partial(nt_xent, temperature=0.5, ranks=Ranks(0, 1, torch.device("cpu")))
 PAIRS = [(case, *pair) for case, pairs in EXPECTED.items() for pair in pairs]
 
 
@@ -143,8 +148,12 @@ def test_spread_in_the_log_is_that_of_the_first_view() -> None:
     assert values == [pytest.approx(expected, rel=1e-6)]
 
 
-def test_two_views_of_activations_are_alive_at_a_time() -> None:
+@pytest.mark.parametrize("symmetric_loss", [None, ONE_TERM])
+def test_two_views_of_activations_are_alive_at_a_time(
+    symmetric_loss: Callable[[Tensor, Tensor], Tensor] | None,
+) -> None:
     """Bytes saved for backward: dssl in parts keeps at most what the baseline keeps."""
+    s = 0.1 if symmetric_loss is None else 0.0
 
     def peak_bytes(regime: str, together: bool) -> int:
         alive = peak = 0
@@ -163,7 +172,10 @@ def test_two_views_of_activations_are_alive_at_a_time() -> None:
                 alive -= self.bytes
 
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-            parts = loss_parts(network, network, make_views(regime), regime, pull, 0.1)
+            views = make_views(regime)
+            parts = loss_parts(
+                network, network, views, regime, pull, s, symmetric_loss=symmetric_loss
+            )
             if together:
                 sum(part.loss for part in list(parts)).backward()
             else:
@@ -187,10 +199,15 @@ class Counted(nn.Module):
         return self.network(view)
 
 
+@pytest.mark.parametrize("symmetric_loss", [None, ONE_TERM])
 @pytest.mark.parametrize(("regime", "passes"), [("baseline", 2), ("joint", 2), ("dssl", 4)])
-def test_no_view_is_passed_twice_or_in_vain(regime: str, passes: int) -> None:
+def test_no_view_is_passed_twice_or_in_vain(
+    regime: str, passes: int, symmetric_loss: Callable[[Tensor, Tensor], Tensor] | None
+) -> None:
     network = Counted()
-    for part in loss_parts(network, network, make_views(regime), regime, pull, 0.1):
+    s = 0.1 if symmetric_loss is None else 0.0
+    views = make_views(regime)
+    for part in loss_parts(network, network, views, regime, pull, s, symmetric_loss=symmetric_loss):
         part.loss.backward()
     assert next(network.calls) == passes
 
@@ -224,3 +241,82 @@ def test_a_target_network_sees_each_target_view_once_and_gets_no_gradient(regime
         expected = expected + pull(whole(views.heavy_1)[0], xi_1)
         expected = expected + pull(whole(views.heavy_2)[0], xi_2)
     assert loss == pytest.approx(expected.item(), abs=1e-6)
+
+
+# ---------------------------------------------------------------- L_S as one term over both views
+
+
+def test_one_term_goes_backward_first_and_each_part_moves_its_views_alone() -> None:
+    """Forward v, v', backward; forward v̂, backward; forward v̂', backward."""
+    views = make_views("dssl")
+    network = make_network()
+    happened: list[str] = []
+
+    def forward(view: Tensor) -> tuple[Tensor, Tensor]:
+        happened.append(NAMES[next(i for i, other in enumerate(views) if other is view)])
+        return network(view)
+
+    parts = loss_parts(network, forward, views, "dssl", pull, symmetric_loss=ONE_TERM)
+    for part, moved in zip(parts, ({"v", "v'"}, {"v̂"}, {"v̂'"}), strict=True):
+        happened.append("backward " + " ".join(name for name in part.log if name != "spread"))
+        part.loss.backward()
+        for name, view in zip(NAMES, views, strict=True):
+            assert (view.grad is not None and bool((view.grad != 0).any())) == (name in moved)
+            view.grad = None
+    assert happened == [
+        *("v", "v'", "backward symmetric"),
+        *("v̂", "backward asymmetric"),
+        *("v̂'", "backward asymmetric"),
+    ]
+
+
+@pytest.mark.parametrize("regime", ["baseline", "joint", "dssl"])
+def test_with_one_term_gradients_are_those_of_the_whole_sum(regime: str) -> None:
+    views = make_views(regime)
+    network = make_network()
+    log: dict[str, float] = {}
+    loss = 0.0
+
+    def both(z_1: Tensor, z_2: Tensor) -> Tensor:  # moves the views by different amounts
+        return (z_1 * z_2).sum(dim=1).sigmoid().mean() + z_1.pow(3).mean()
+
+    def towards(p: Tensor, z: Tensor) -> Tensor:
+        return (p - z.detach()).pow(2).mean()
+
+    for part in loss_parts(network, network, views, regime, towards, symmetric_loss=both):
+        part.loss.backward()
+        loss += part.loss.item()
+        for name, value in part.log.items():
+            log[name] = log.get(name, 0.0) + value.item()
+
+    whole = make_network()
+    outputs = [whole(view) if view is not None else None for view in views]
+    (_, z_1), (_, z_2) = outputs[2:] if regime == "joint" else outputs[:2]
+    symmetric = both(z_1, z_2)
+    asymmetric = torch.zeros(())
+    if regime == "dssl":
+        (p_3, _), (p_4, _) = outputs[2:]
+        asymmetric = towards(p_3, z_1) + towards(p_4, z_2)
+    (symmetric + asymmetric).backward()
+
+    assert loss == pytest.approx(symmetric.item() + asymmetric.item(), rel=1e-12)
+    assert log["symmetric"] == pytest.approx(symmetric.item(), rel=1e-12)
+    assert log.get("asymmetric", 0.0) == pytest.approx(asymmetric.item(), rel=1e-12)
+    directions = F.normalize(z_1, dim=1)
+    spread = directions.std(dim=0, correction=0).mean().item() * 8**0.5
+    assert log["spread"] == pytest.approx(spread, rel=1e-6)
+    for (name, ours), theirs in zip(network.named_parameters(), whole.parameters(), strict=True):
+        if theirs.grad is None:  # the predictor, where no heavy view is pulled
+            assert ours.grad is None, name
+        else:
+            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("regime", ["baseline", "joint", "dssl"])
+def test_one_term_has_no_room_for_a_reverse_weight(regime: str) -> None:
+    network = Counted()
+    views = make_views(regime)
+    parts = loss_parts(network, network, views, regime, pull, 0.1, symmetric_loss=ONE_TERM)
+    with pytest.raises(ValueError, match="leave it at 0"):
+        next(parts)
+    assert next(network.calls) == 0

@@ -16,6 +16,7 @@ import byol_harder_aug_imagenet.model
 from common.collapse import spread
 from common.errors import UserError
 from common.resnet import CifarResNet, imagenet_resnet
+from simclr_cifar10.model import SimCLR
 from simsiam_cifar10.loss import pull
 from simsiam_cifar10.model import SimSiam
 from simsiam_imagenet.model import SimSiam as ImageNetSimSiam
@@ -374,3 +375,16 @@ def test_byol_heads_and_projections(is_cifar: bool) -> None:
     p, z = network(images)
     assert torch.equal(network.project(images), z)
     assert torch.equal(network.predictor(z), p)
+
+
+def test_simclr_has_a_projector_alone() -> None:
+    torch.manual_seed(0)
+    network = SimCLR("resnet18", 64, hidden_dim=2048, projector_dim=128)
+    assert count(network.backbone) == 11_168_832
+    assert count(network.projector) == (512 + 1) * 2048 + 2 * 2048 + (2048 + 1) * 128
+    assert count(network) == 11_168_832 + 1_316_992
+    network.eval()
+    images = torch.rand(2, 3, 32, 32)
+    z = network(images)
+    assert z.shape == (2, 128)
+    assert torch.equal(network.projector(network.backbone(images)), z)

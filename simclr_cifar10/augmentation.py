@@ -1,0 +1,11 @@
+"""The heavy view of simclr_cifar10; its standard view T is `common/cifar10.py`'s."""
+
+from __future__ import annotations
+
+from common.image_ops import Augmentation
+from common.randaugment import RandAugment
+
+
+def heavy_augmentation(num_ops: int, magnitude: int) -> Augmentation:
+    """T̂, applied to a standard view: RandAugment(N, M)."""
+    return RandAugment(num_ops, magnitude)
