@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.errors import UserError
 from common.resnet import CifarResNet
-from common.shapes import CLASS_NAMES, shapes
+from common.shapes import CLASS_NAMES
 from scripts import ROOT, assert_equal, command_line, metrics, run, state
 from simsiam_cifar10.run import Config, main
 
@@ -36,19 +36,6 @@ SMALL = {
     "checkpoint-minutes": 0,  # a checkpoint each step
     "device": "cpu",
 }
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A labelled image folder of generated pictures: 200 to train on, 30 to test."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 200), ("val", 30)):
-        images, labels = shapes(count, 32, seed=len(split))
-        for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            path = root / split / CLASS_NAMES[label] / f"{index:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return root
 
 
 def command(folder: Path, run_dir: Path, *extra: str) -> list[str]:
