@@ -43,6 +43,6 @@ def test_a_method_of_ones_own_trains() -> None:
 
 
 def test_every_path_that_is_named_exists() -> None:
-    for path in re.findall(r"`((?:common|simsiam_cifar10|docs|results)/[\w./]*)`", README):
+    for path in re.findall(r"`((?:common|\w+_cifar10|docs|results)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
     assert (ROOT / "docs" / "method.png").exists()
