@@ -126,8 +126,9 @@ class _JoinBatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
+        rows = rows.contiguous()
         parts = [torch.empty_like(rows) for _ in range(ranks.world_size)]
-        dist.all_gather(parts, rows.contiguous())
+        dist.all_gather(parts, rows)
         return torch.cat(parts)
 
     @staticmethod

@@ -3,7 +3,8 @@
 A base method brings a network and a pair loss; the regime decides which views meet, and in which
 direction. The terms are handed out in parts, each to go backward before the next forward pass:
 targets carry no gradient, so the gradients are those of the whole sum, while the activations of
-two views are alive at a time instead of four.
+two views are alive at a time instead of four. An L_S that is one term over both views goes backward
+before the heavy ones are passed.
 """
 
 from __future__ import annotations

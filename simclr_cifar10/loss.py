@@ -30,7 +30,7 @@ def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float, ranks: Ranks) -> Tenso
     Returns:
         float32 scalar: the mean over this rank's anchors.
     """
-    z = torch.stack([z_1, z_2], dim=1).flatten(0, 1)  # an image's two side by side
+    z = torch.stack([z_1, z_2], dim=1).flatten(0, 1).float()  # an image's two side by side
     logits = cosines(z, ranks.join_batch(z)) / temperature
     own = torch.arange(len(z), device=z.device) + ranks.rank * len(z)
     logits = logits.scatter(1, own[:, None], -torch.inf)
@@ -52,6 +52,6 @@ def pull(p: Tensor, z: Tensor, temperature: float, ranks: Ranks) -> Tensor:
     Returns:
         float32 scalar: the mean over this rank's images.
     """
-    logits = cosines(p, ranks.join_batch(z.detach())) / temperature
+    logits = cosines(p, ranks.join_batch(z.detach().float())) / temperature
     own = torch.arange(len(p), device=p.device) + ranks.rank * len(p)
     return 0.5 * F.cross_entropy(logits, own)
