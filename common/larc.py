@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Keeps the quotient finite, as in NVIDIA apex.
 EPSILON = 1e-8
@@ -24,12 +24,16 @@ class LARC(torch.optim.Optimizer):
     too, as in apex: a bias that starts from 0 takes a plain SGD step first, and a parameter that
     gets a zero gradient is moved by its momentum alone.
 
+    Where a group's lr is a tensor `[K]`, its parameters `[K, …]` stack those of K models, and each
+    model is trained as it would be alone: at its own rate, each ‖·‖ over its own slice.
+
     Gradients are taken as they are (under DDP already averaged over the ranks) and left as they
     are: `p.grad` is the same after a step. A step never waits for the device.
 
     Args:
         params: as for `torch.optim.SGD`; a schedule sets `param_groups[…]["lr"]`.
-        lr: learning rate, 0 or more.
+        lr: learning rate, 0 or more; or one for each of K stacked models, float `[K]` on the
+            parameters' device, whose parameters then have two dimensions or more.
         momentum: in [0, 1); no dampening, no Nesterov.
         weight_decay: wd, 0 or more.
         trust_coefficient: about ‖update‖/‖p‖ at a learning rate of 1, without momentum.
@@ -38,7 +42,7 @@ class LARC(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[nn.Parameter] | Iterable[dict],
-        lr: float,
+        lr: float | Tensor,
         momentum: float,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
@@ -58,7 +62,11 @@ class LARC(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                p_norm, g_norm = p.norm(), p.grad.norm()
+                lr, over = group["lr"], tuple(range(p.dim()))
+                if isinstance(lr, Tensor):  # a model each slice: [K, 1, …] against [K, …]
+                    lr, over = lr.view(-1, *[1] * (p.dim() - 1)), over[1:]
+                p_norm = torch.linalg.vector_norm(p, dim=over, keepdim=True)
+                g_norm = torch.linalg.vector_norm(p.grad, dim=over, keepdim=True)
                 rate = trust * p_norm / (g_norm + decay * p_norm + EPSILON)
                 # torch.where, not if: Python's if would fetch both norms from the device.
                 adapts = (p_norm != 0) & (g_norm != 0)
@@ -68,4 +76,4 @@ class LARC(torch.optim.Optimizer):
                     state["momentum_buffer"].mul_(group["momentum"]).add_(g)
                 else:
                     state["momentum_buffer"] = g
-                p.sub_(state["momentum_buffer"], alpha=group["lr"])
+                p.sub_(lr * state["momentum_buffer"])

@@ -175,6 +175,33 @@ def test_groups_keep_their_own_settings() -> None:
     assert_close(params[1:], by_hand(values[1:], [g[1:] for g in grads], [1, 1], 0.9, 0.2, 0.01))
 
 
+def test_stacked_models_are_each_trained_as_alone() -> None:
+    models = [random_tensors(10 + k, scale=10.0 ** (k - 1)) for k in range(3)]
+    grads = [[random_tensors(20 + 3 * i + k) for k in range(3)] for i in range(4)]
+    rates = [(8.0, 1.0, 0.5), (4.0, 0.5, 0.25), (2.0, 0.25, 0.1), (1.0, 0.0, 0.0)]
+    params = parameters([torch.stack(tensors) for tensors in zip(*models, strict=True)])
+    optimiser = LARC(params, 1.0, 0.9, weight_decay=0.1, trust_coefficient=0.02)
+    for lrs, step_grads in zip(rates, grads, strict=True):
+        optimiser.param_groups[0]["lr"] = torch.tensor(lrs, dtype=torch.float64)
+        step(optimiser, params, [torch.stack(g) for g in zip(*step_grads, strict=True)])
+    for k, values in enumerate(models):
+        own_grads = [step_grads[k] for step_grads in grads]
+        own_rates = [lrs[k] for lrs in rates]
+        expected = by_hand(values, own_grads, own_rates, 0.9, 0.1, 0.02)
+        for p, value in zip(params, expected, strict=True):
+            numpy.testing.assert_allclose(p[k].detach().numpy(), value, rtol=1e-13, atol=1e-14)
+
+
+def test_of_stacked_biases_only_those_that_are_zero_take_a_plain_step() -> None:
+    # The second: ‖p‖ = 5, ‖g‖ = 2, (2, 0) · 0.001 · 5 / 2 = (0.005, 0), times lr 4.
+    biases = nn.Parameter(torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64))
+    rates = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    gradient = torch.tensor([[6.0, -8.0], [2.0, 0.0]], dtype=torch.float64)
+    step(LARC([biases], lr=rates, momentum=0.9), [biases], [gradient])
+    assert biases[0].tolist() == [-3, 4]
+    assert biases[1].tolist() == pytest.approx([3 - 0.02, 4], rel=1e-9)
+
+
 def test_a_linear_classifier_in_float32_against_sgd_on_scaled_gradients() -> None:
     """As in test_runner.py, wd 0: the same gradients scaled by hand go to torch.optim.SGD."""
     torch.manual_seed(0)
@@ -233,10 +260,11 @@ def test_hooks_run_once_a_step() -> None:
     assert calls == [1]
 
 
-def test_a_step_never_asks_for_a_value() -> None:
+@pytest.mark.parametrize("lr", [1.0, torch.ones(3, device="meta")])
+def test_a_step_never_asks_for_a_value(lr: float | Tensor) -> None:
     """Meta tensors have no values: .item(), bool(tensor) or float(tensor) raises on them."""
     p = nn.Parameter(torch.empty(3, 2, device="meta"))
-    optimiser = LARC([p], 1.0, 0.9, weight_decay=0.1)
+    optimiser = LARC([p], lr, 0.9, weight_decay=0.1)
     for _ in range(2):
         p.grad = torch.empty_like(p)
         optimiser.step()
