@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def on_two_ranks(arguments: Sequence[str]) -> list[str]:
+    """The same command under torchrun."""
+    return [*LAUNCHER, *arguments[1:]]
 
 
 def command_line(script: str, settings: Mapping[str, object], *extra: str) -> list[str]:
@@ -27,6 +37,40 @@ def run(arguments: Sequence[str], status: int = 0, **options) -> subprocess.Comp
     )
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def start_until(arguments: Sequence[str], checkpoint: Path) -> subprocess.Popen[str]:
+    """Start a command and come back as soon as its checkpoint is there."""
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.002)
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process and, under torchrun, its ranks, which would outlive it."""
+    for victim in [*_children(process.pid), process.pid]:
+        os.kill(victim, signal.SIGKILL)
+    process.communicate()
+
+
+def _children(parent: int) -> list[int]:
+    """By Linux's list of processes."""
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("no /proc on this system")
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # processes come and go
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                found.append(int(folder.name))
+    return found
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -48,7 +92,7 @@ def assert_equal(ours: object, theirs: object, where: str) -> None:
             if key not in ("run_dir", "metrics_bytes"):
                 assert_equal(ours[key], theirs[key], f"{where} {key}")
     elif isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs), where
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=where)
     elif isinstance(theirs, list):
         assert len(ours) == len(theirs), where
         for index, pair in enumerate(zip(ours, theirs, strict=True)):

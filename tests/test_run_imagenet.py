@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,12 @@ import torch
 from PIL import Image
 
 from common.shapes import shapes
-from scripts import assert_equal, command_line, metrics, run, state
+from scripts import assert_equal, command_line, kill, metrics, on_two_ranks, run, start_until, state
 
 EXPERIMENTS = {
     "simsiam_imagenet": {"projector-dim": 16, "predictor-dim": 8},
     "byol_harder_aug_imagenet": {"projector-dim": 8, "hidden-dim": 16},
 }
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SMALL = {
     "backbone": "resnet18",
     "image-size": 32,
@@ -88,50 +85,22 @@ def test_killed_and_continued_is_the_same_run(
         assert torch.equal(value, last[f"backbone.{name}"]), name
 
 
-def children(parent: int) -> list[int]:
-    """The ranks that torchrun has started, by Linux's list of processes."""
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("no /proc on this system")
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # processes come and go
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) == parent:
-                found.append(int(folder.name))
-    return found
-
-
-def launch_until_a_checkpoint(arguments: list[str], run_dir: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [*LAUNCHER, *arguments[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not (run_dir / "last.pt").exists():
-        time.sleep(0.002)
-    return process
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_two_ranks_killed_and_continued_end_with_the_same_weights(
     experiment: str, folder: Path, tmp_path: Path
 ) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    run([*LAUNCHER, *command(experiment, folder, whole)[1:]])
-    process = launch_until_a_checkpoint(command(experiment, folder, run_dir), run_dir)
-    for victim in [*children(process.pid), process.pid]:
-        os.kill(victim, signal.SIGKILL)
-    process.communicate()
+    run(on_two_ranks(command(experiment, folder, whole)))
+    arguments = on_two_ranks(command(experiment, folder, run_dir))
+    kill(start_until(arguments, run_dir / "last.pt"))
     assert not (run_dir / "backbone.pt").exists(), "killed too late"
-    run([*LAUNCHER, *command(experiment, folder, run_dir)[1:]])
+    run(arguments)
     assert_same_end(run_dir, whole)
 
 
 def test_two_ranks_stop_together_with_one_checkpoint(folder: Path, tmp_path: Path) -> None:
     arguments = command("simsiam_imagenet", folder, tmp_path, "--epochs", "100")
-    process = launch_until_a_checkpoint(arguments, tmp_path)
+    process = start_until(on_two_ranks(arguments), tmp_path / "last.pt")
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)  # to torchrun alone, which passes it on
     output, _ = process.communicate(timeout=60)
