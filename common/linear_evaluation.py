@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,18 @@ from common.errors import StopRequested, UserError, require
 from common.image_ops import Draws, normalise
 from common.knn import knn_predict
 from common.larc import LARC
-from common.linear_probe import Batches, new_classifier, train_classifier
+from common.linear_probe import (
+    Batches,
+    Classifiers,
+    batches_of_epoch,
+    by_classifier,
+    new_classifier,
+    train_classifier,
+)
 from common.photo_ops import RandomFlip
 from common.photographs import (
     CentreCrops,
     CropLoader,
-    EpochBatches,
     Loading,
     Photograph,
     RandomCrops,
@@ -60,6 +67,7 @@ class Config:
     epochs: int = 90  # of a cosine, no warm-up
     batch_size: int = 4096  # global, over all processes
     base_lr: float = 0.1  # for a batch of 256; scales with the batch
+    sweep: tuple[float, ...] = ()  # several base_lr at once, a table; implies --cache-features
     momentum: float = 0.9  # of SGD
     cache_features: bool = False  # centre crops' features once, in memory: seconds, but no crops
     knn: bool = False  # weighted kNN too, on the features of centre crops; --epochs 0: only that
@@ -74,6 +82,13 @@ def main(config: Config) -> None:
     # ---------------------------------------------------------------- setup
     require(config.seed >= 0, "--seed is 0 or more")
     require(config.epochs >= 1 or config.knn, "--epochs is 1 or more, or 0 with --knn")
+    require(
+        all(0 <= base_lr < math.inf for base_lr in config.sweep),
+        "--sweep takes base learning rates, finite and 0 or more",
+    )
+    require(config.epochs >= 1 or not config.sweep, "--sweep needs --epochs of 1 or more")
+    if config.sweep:
+        config = replace(config, cache_features=True)
     distributed.use_every_gpu(config.device)
     ranks = distributed.start(config.device)
     device = ranks.device
@@ -129,10 +144,6 @@ def main(config: Config) -> None:
         train_features = features_of(train.photographs)
 
     # ---------------------------------------------------------------- classifier
-    classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)
-    model = ranks.wrap(classifier)
-    peak_lr = config.base_lr * config.batch_size / 256
-    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     if config.cache_features:
         if ranks.is_main:
             print("Cached features: the classifier trains without the protocol's crops and flips.")
@@ -140,30 +151,27 @@ def main(config: Config) -> None:
         batches = cached_batches(whole, train_labels, config, ranks)
     else:
         batches = cropped_batches(train.photographs, train_labels, encode, config, ranks)
-    train_classifier(
-        model,
-        LARC(model.parameters(), lr=peak_lr, momentum=config.momentum),
-        batches,
-        lambda epoch: cosine(epoch, config.epochs, peak_lr),
-        config.epochs,
-        identity={**settings, "images": len(train_labels), "backbone": fingerprint(before)},
-        checkpoints=Checkpoints(
-            folder, "linear_last.pt", "linear_previous.pt", "remove these to train anew"
-        ),
-        ranks=ranks,
-        stop=stop,
-        way_out="try a lower --base-lr",
-    )
+    identity = {"images": len(train_labels), "backbone": fingerprint(before)}
+    classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)
+    classifier = fit(classifier, batches, config, identity, folder, ranks, stop)
 
     # ---------------------------------------------------------------- result
     result = {"images": len(test_labels)}
     if config.epochs:
-        with torch.no_grad():
-            scores = ranks.gather(classifier(test_features), len(test_labels))
-        best = scores.topk(min(5, len(train.class_names)), dim=1).indices
-        right = best == test_labels[:, None]
-        result["top_1"] = 100 * right[:, 0].sum().item() / len(test_labels)
-        result["top_5"] = 100 * right.sum().item() / len(test_labels)
+        own_labels = test_labels[ranks.rank :: ranks.world_size]
+        right = ranks.sum(count_right(classifier, test_features, own_labels)).tolist()
+        accuracies = [
+            {"top_1": 100 * top_1 / len(test_labels), "top_5": 100 * top_5 / len(test_labels)}
+            for top_1, top_5 in right
+        ]
+        if config.sweep:
+            diverged = classifier.diverged().tolist()
+            result["sweep"] = [
+                {"base_lr": base_lr, **({"diverged": True} if lost else accuracy)}
+                for base_lr, lost, accuracy in zip(config.sweep, diverged, accuracies, strict=True)
+            ]
+        else:
+            result.update(accuracies[0])
     if config.knn:
         queries = ranks.gather(test_features, len(test_labels))
         bank_labels = train_labels[ranks.rank :: ranks.world_size]
@@ -177,13 +185,110 @@ def main(config: Config) -> None:
     if ranks.is_main:
         with (folder / "linear.jsonl").open("a") as file:
             file.write(json.dumps({**result, "config": asdict(config)}) + "\n")
-        if config.epochs:
+        if config.sweep:
+            print(sweep_table(result["sweep"]))
+        elif config.epochs:
             print(f"linear accuracy  top-1 {result['top_1']:.2f} %, top-5 {result['top_5']:.2f} %")
         if config.knn:
             print(f"kNN accuracy     {result['knn']:.2f} %")
         print(f"  of {len(test_labels)} photographs; the backbone is unchanged, bit for bit")
         print(f"  written to {folder / 'linear.jsonl'}")
     distributed.finish()
+
+
+def fit(
+    start: nn.Linear,
+    batches: Batches,
+    config: Config,
+    identity: Mapping[str, Any],
+    folder: Path,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> nn.Module:
+    """Train the classifier under the protocol, or in a sweep a copy of it at each learning rate.
+
+    Args:
+        start: its weights at the start.
+        identity: of the data and the backbone, plain values; with the settings it says which
+            checkpoint is continued.
+        folder: of the checkpoints.
+
+    Returns:
+        `start`, trained; in a sweep `Classifiers`.
+
+    Raises:
+        StopRequested: after a checkpoint, when a signal came.
+        UserError: if the loss is not finite, in a sweep every loss.
+    """
+    if config.sweep:
+        classifier = Classifiers(start, len(config.sweep))
+        # Files of its own: the protocol's classifier, costlier by far, stays.
+        names, way_out = ("sweep_last.pt", "sweep_previous.pt"), "try lower rates in --sweep"
+    else:
+        classifier = start
+        names, way_out = ("linear_last.pt", "linear_previous.pt"), "try a lower --base-lr"
+
+    def rate(epoch: int) -> float | Tensor:
+        base_lrs = config.sweep or (config.base_lr,)
+        peaks = [base_lr * config.batch_size / 256 for base_lr in base_lrs]
+        rates = [cosine(epoch, config.epochs, peak) for peak in peaks]
+        return torch.tensor(rates, device=ranks.device) if config.sweep else rates[0]
+
+    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    model = ranks.wrap(classifier)
+    train_classifier(
+        model,
+        LARC(model.parameters(), lr=0.0, momentum=config.momentum),  # `rate` sets each epoch's
+        batches,
+        rate,
+        config.epochs,
+        identity={**settings, **identity},
+        checkpoints=Checkpoints(folder, *names, "remove these to train anew"),
+        ranks=ranks,
+        stop=stop,
+        way_out=way_out,
+    )
+    return classifier
+
+
+@torch.no_grad()
+def count_right(classifier: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+    """How many images each classifier has right, top-1 and top-5.
+
+    Args:
+        classifier: features `[B, d]` to scores `[B, C]`, or `[B, K, C]` of K classifiers.
+        features: float32 `[N, d]`; may be empty.
+        labels: int64 `[N]`.
+
+    Returns:
+        int64 `[K, 2]`.
+    """
+    right = 0
+    # In parts: the scores of many classifiers for a whole set would fill the memory.
+    for x, y in zip(features.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
+        scores = by_classifier(classifier(x))
+        best = scores.topk(min(5, scores.shape[2]), dim=2).indices
+        hits = best == y[:, None, None]
+        right = right + torch.stack([hits[:, :, 0].sum(0), hits.any(2).sum(0)], dim=1)
+    return right
+
+
+def sweep_table(rows: Sequence[Mapping[str, float]]) -> str:
+    """A sweep's accuracies, a line each base learning rate, and what its best one is."""
+    lines = ["--base-lr   top-1 %   top-5 %"]
+    for row in rows:
+        accuracies = "  diverged"
+        if "top_1" in row:
+            accuracies = f"{row['top_1']:10.2f}{row['top_5']:10.2f}"
+        lines.append(f"{row['base_lr']:9g}{accuracies}")
+    finite = [row for row in rows if "top_1" in row]
+    if finite:
+        best = max(finite, key=lambda row: row["top_1"])
+        lines.append(
+            f"The best, {best['base_lr']:g}, is chosen on the validation set itself: its accuracy "
+            "is an upper estimate, not the protocol's number."
+        )
+    return "\n".join(lines)
 
 
 def cropped_batches(
@@ -213,16 +318,20 @@ def cropped_batches(
 
 
 def cached_batches(features: Tensor, labels: Tensor, config: Config, ranks: Ranks) -> Batches:
-    """Batches of ready features `[N, d]`, in the same order as `cropped_batches`'."""
-    keys = EpochBatches(len(features), config.batch_size, config.seed, ranks)
-    steps = steps_of(len(features), config, ranks)
+    """Batches of ready features `[N, d]`, in the same order as `cropped_batches`'.
+
+    A batch's features are good until the next one: they lie in the same memory, since taking new
+    memory for each costs more than the copy itself.
+    """
+    memory = features.new_empty(config.batch_size // ranks.world_size, features.shape[1])
 
     def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        keys.epoch, keys.steps = epoch, range(first_step, steps)
-        for step, batch in zip(keys.steps, keys, strict=True):
-            index = torch.tensor([index for _, index in batch])
-            index = distributed.send(index, features.device)
-            yield step, features[index], labels[index]
+        for step, batch, rows in batches_of_epoch(
+            len(features), config.batch_size, config.seed, ranks, epoch, first_step
+        ):
+            index = distributed.send(batch[rows], features.device)
+            x = torch.index_select(features, 0, index, out=memory[: len(index)])
+            yield step, x, labels.index_select(0, index)
 
     return batches
 

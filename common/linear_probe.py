@@ -1,4 +1,4 @@
-"""Linear evaluation: a linear classifier trained on a frozen backbone."""
+"""Linear evaluation: a linear classifier trained on a frozen backbone, or several side by side."""
 
 from __future__ import annotations
 
@@ -34,11 +34,77 @@ def new_classifier(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
     return classifier
 
 
+class Classifiers(nn.Module):
+    """K linear classifiers of the same features, in one matrix product.
+
+    `weight` is float32 `[K, C, d]`, `bias` `[K, C]`.
+
+    Args:
+        start: the classifier of C classes that each of them starts as a copy of.
+        count: K.
+    """
+
+    def __init__(self, start: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(start.weight.detach().repeat(count, 1, 1))
+        self.bias = nn.Parameter(start.bias.detach().repeat(count, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores `[B, K, C]` of features `[B, d]`."""
+        scores = F.linear(features, self.weight.flatten(0, 1), self.bias.flatten())
+        return scores.unflatten(1, self.bias.shape)
+
+    def diverged(self) -> Tensor:
+        """Which are no longer finite, bool `[K]`; none of them ever becomes finite again."""
+        return ~(self.weight.isfinite().all(2).all(1) & self.bias.isfinite().all(1))
+
+
+def by_classifier(scores: Tensor) -> Tensor:
+    """Scores as `[B, K, C]`, whether of one classifier, `[B, C]`, or of `Classifiers`."""
+    return scores if scores.dim() == 3 else scores[:, None]
+
+
+def classifier_losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """Each classifier's mean cross-entropy `[K]`.
+
+    The gradient of their sum is for each classifier that of its own loss.
+
+    Args:
+        scores: float `[B, C]` or `[B, K, C]`.
+        labels: int64 `[B]`.
+    """
+    scores = by_classifier(scores)
+    count = scores.shape[1]
+    rows = scores.flatten(0, 1)  # a view, [B · K, C]: cross_entropy then copies nothing
+    losses = F.cross_entropy(rows, labels.repeat_interleave(count), reduction="none")
+    return losses.view(-1, count).mean(dim=0)
+
+
+def batches_of_epoch(
+    count: int, batch_size: int, seed: int, ranks: Ranks, epoch: int, first_step: int
+) -> Iterator[tuple[int, Tensor, slice]]:
+    """An epoch's batches from a step on, in the order that `epoch_order` gives `count` images.
+
+    Of the last, smaller batch as many images as divide among the ranks.
+
+    Args:
+        batch_size: global, a multiple of the number of ranks.
+
+    Yields:
+        (step, the global batch's indices int64 `[B]` on the CPU, this rank's rows of it).
+    """
+    order = epoch_order(count, seed, epoch).split(batch_size)
+    for step in range(first_step, len(order)):
+        divisible = len(order[step]) // ranks.world_size * ranks.world_size
+        if divisible:
+            yield step, order[step][:divisible], ranks.share(divisible)
+
+
 def train_classifier(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     batches: Batches,
-    rate: Callable[[int], float],
+    rate: Callable[[int], float | Tensor],
     epochs: int,
     *,
     identity: Mapping[str, Any],
@@ -47,18 +113,20 @@ def train_classifier(
     stop: StopFlag,
     way_out: str,
 ) -> None:
-    """Train a classifier by cross-entropy, from its own last checkpoint where there is one.
+    """Train by cross-entropy, from its own last checkpoint where there is one.
 
-    Checkpoints are written after each epoch and when a signal comes.
+    Checkpoints are written after each epoch and when a signal comes. Of several classifiers one
+    that diverges leaves the others as they are, and shows in `Classifiers.diverged`.
 
     Args:
-        model: the classifier, in DDP under several processes.
-        rate: the learning rate of an epoch, counted from 0.
+        model: the classifier or `Classifiers`, in DDP under several processes.
+        rate: the optimiser's learning rate in an epoch, counted from 0.
         identity: plain values; a checkpoint with another identity is not continued.
         way_out: what a user can do about a loss that is not finite.
 
     Raises:
         StopRequested: after a checkpoint, when a signal came.
+        UserError: if the loss is not finite, of several classifiers every loss.
     """
     first_epoch = first_step = 0
     state = checkpoints.load()
@@ -83,11 +151,13 @@ def train_classifier(
         optimiser.param_groups[0]["lr"] = rate(epoch)
         meter = Meter(ranks, {}, first_step, way_out)
         for step, features, labels in batches(epoch, first_step):
-            loss = F.cross_entropy(model(features), labels)
+            losses = classifier_losses(model(features), labels)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            losses.sum().backward()
             optimiser.step()
-            meter.add({"linear loss": loss.detach()})
+            # The mean of those that are finite; without any it is 0 / 0, which the meter refuses.
+            finite = losses.isfinite()
+            meter.add({"linear loss": losses.detach().where(finite, 0).sum() / finite.sum()})
             meter.end_step({"stop": stop.requested})
             if meter.take_request("stop"):
                 meter.flush()
@@ -151,15 +221,11 @@ def linear_accuracy(
     backbone.eval()
 
     def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        order = epoch_order(len(train), seed, epoch).split(batch_size)
-        for step in range(first_step, len(order)):
-            # Of the last, smaller batch as many images as divide among the ranks.
-            count = len(order[step]) // ranks.world_size * ranks.world_size
-            if not count:
-                return
-            rows = ranks.share(count)
-            draws = augmentation.draw(count, size, generator_for("linear", seed, epoch, step))
-            index = send(order[step][rows], ranks.device)
+        for step, batch, rows in batches_of_epoch(
+            len(train), batch_size, seed, ranks, epoch, first_step
+        ):
+            draws = augmentation.draw(len(batch), size, generator_for("linear", seed, epoch, step))
+            index = send(batch[rows], ranks.device)
             with torch.no_grad():
                 views = augmentation.apply(train.images[index], Draws.of(draws[rows], ranks.device))
                 features = encode_train(views).float()

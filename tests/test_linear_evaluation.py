@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,18 +15,26 @@ from PIL import Image
 from common.distributed import Ranks
 from common.errors import UserError
 from common.image_ops import Draws, normalise
-from common.linear_evaluation import MEAN, STD, load_backbone
-from common.linear_probe import new_classifier
+from common.linear_evaluation import (
+    MEAN,
+    STD,
+    Config,
+    cached_batches,
+    count_right,
+    fit,
+    load_backbone,
+)
+from common.linear_probe import Classifiers, new_classifier
 from common.photo_ops import RandomFlip
 from common.photographs import CentreCrops, CropLoader, Loading, RandomCrops, list_images
 from common.resnet import imagenet_resnet
 from common.seeding import epoch_order, generator_for
 from common.shapes import CLASS_NAMES, shapes
-from scripts import command_line, run
+from common.stop import StopFlag
+from scripts import assert_equal, command_line, kill, on_two_ranks, run, start_until, state
 from simsiam_imagenet.model import SimSiam
 
 SIZE, BATCH, EPOCHS, BASE_LR, CLASSES = 28, 8, 2, 40.0, 7
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -100,13 +104,14 @@ def features(backbone: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def larc_by_hand(
     features_and_labels: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]],
+    base_lr: float = BASE_LR,
 ) -> list[torch.Tensor]:
     """Softmax regression under method's LARC and cosine, written out in float64."""
     classifier = new_classifier(512, CLASSES, 0)
     parameters = [classifier.weight.detach().double(), classifier.bias.detach().double()]
     momentum = [torch.zeros_like(parameter) for parameter in parameters]
     for epoch in range(EPOCHS):
-        lr = BASE_LR * BATCH / 256 * 0.5 * (1 + numpy.cos(numpy.pi * epoch / EPOCHS))
+        lr = base_lr * BATCH / 256 * 0.5 * (1 + numpy.cos(numpy.pi * epoch / EPOCHS))
         for x, y in features_and_labels(epoch):
             scores = (x @ parameters[0].T + parameters[1]).softmax(1)
             scores[torch.arange(len(y)), y] -= 1
@@ -131,6 +136,26 @@ def labels_of(files: list[Path]) -> torch.Tensor:
     return torch.tensor([names.index(path.parent.name) for path in files])
 
 
+def centre_crops(split: Path, weights: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features float64 `[N, 512]` and labels of a split's evaluation views."""
+    files = list_images(split)
+    views = torch.stack([CentreCrops(files, SIZE)[index][0][0] for index in range(len(files))])
+    return features(load_backbone(weights, "resnet18"), views), labels_of(files)
+
+
+def batches_of(
+    x: torch.Tensor, y: torch.Tensor, ranks: int = 1
+) -> Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """An epoch's batches in float64; of the last as many as divide among the ranks."""
+
+    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in epoch_order(len(x), 0, epoch).split(BATCH):
+            batch = batch[: len(batch) // ranks * ranks]
+            yield x[batch].double(), y[batch]
+
+    return batches
+
+
 def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> None:
     torch.set_num_threads(1)
     backbone = load_backbone(weights, "resnet18")
@@ -151,23 +176,12 @@ def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> N
 def test_cached_features_and_knn(folder: Path, weights: Path, tmp_path: Path) -> None:
     done = run(command(folder, weights, tmp_path, "--cache-features", "--knn"))
     assert "kNN accuracy" in done.stdout
-    backbone = load_backbone(weights, "resnet18")
-    cached = {}
-    for split in ("train", "val"):
-        files = list_images(folder / split)
-        views = torch.stack([CentreCrops(files, SIZE)[index][0][0] for index in range(len(files))])
-        cached[split] = features(backbone, views), labels_of(files)
-    x, y = cached["train"]
-
-    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in epoch_order(len(x), 0, epoch).split(BATCH):
-            yield x[batch], y[batch]
-
-    assert_trained(tmp_path, larc_by_hand(batches))
+    x, y = centre_crops(folder / "train", weights)
+    assert_trained(tmp_path, larc_by_hand(batches_of(x, y)))
 
     bank = (x / x.norm(dim=1, keepdim=True)).numpy()
     right = 0
-    for query, label in zip(*cached["val"], strict=True):
+    for query, label in zip(*centre_crops(folder / "val", weights), strict=True):
         cosine = bank @ (query / query.norm()).numpy()  # all 21 are within the 200 nearest
         votes = numpy.bincount(y.numpy(), weights=numpy.exp(cosine / 0.1), minlength=CLASSES)
         right += int(votes.argmax() == label)
@@ -175,7 +189,7 @@ def test_cached_features_and_knn(folder: Path, weights: Path, tmp_path: Path) ->
     assert row["knn"] == pytest.approx(100 * right / 17)
 
     # On two ranks: nothing more to train, and the same counts.
-    run([*LAUNCHER, *command(folder, weights, tmp_path, "--cache-features", "--knn")[1:]])
+    run(on_two_ranks(command(folder, weights, tmp_path, "--cache-features", "--knn")))
     again = json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[1])
     for name in ("top_1", "top_5", "knn"):
         assert again[name] == pytest.approx(row[name])
@@ -203,7 +217,7 @@ def test_typed_again_trains_no_more_and_two_ranks_count_the_same(
     folder: Path, weights: Path, whole: Path
 ) -> None:
     before = trained(whole)
-    run([*LAUNCHER, *command(folder, weights, whole)[1:]])
+    run(on_two_ranks(command(folder, weights, whole)))
     assert all(torch.equal(value, before[name]) for name, value in trained(whole).items())
     first, *others = results(whole)
     assert others
@@ -213,20 +227,149 @@ def test_typed_again_trains_no_more_and_two_ranks_count_the_same(
 def test_killed_and_continued_is_the_same(
     folder: Path, weights: Path, whole: Path, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        command(folder, weights, tmp_path),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not (tmp_path / "linear_last.pt").exists():
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    kill(start_until(command(folder, weights, tmp_path), tmp_path / "linear_last.pt"))
     run(command(folder, weights, tmp_path))
     ours, theirs = trained(tmp_path), trained(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert results(tmp_path)[-1] == results(whole)[0]
+
+
+# ---------------------------------------------------------------- a sweep
+
+# The third diverges: an update of 10^25 times its norm, whose square is no float32.
+SWEEP = (2.0, 40.0, 1e30, 400.0)
+
+
+def features_by_seed(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features `[count, 512]` that tell their class in part, and labels."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    x = torch.randn(count, 512, generator=generator)
+    x[torch.arange(count), labels] += 5
+    return x, labels
+
+
+def fitted(folder: Path, **settings: object) -> torch.nn.Module:
+    config = Config("", epochs=EPOCHS, batch_size=BATCH, cache_features=True, **settings)
+    batches = cached_batches(*features_by_seed(21), config, ALONE)
+    folder.mkdir(exist_ok=True)
+    start = new_classifier(512, CLASSES, 0)
+    return fit(start, batches, config, {}, folder, ALONE, StopFlag(ALONE))
+
+
+def test_a_sweep_is_a_run_at_each_rate(tmp_path: Path) -> None:
+    together = fitted(tmp_path / "sweep", sweep=SWEEP)
+    assert together.diverged().tolist() == [False, False, True, False]
+    for k, base_lr in enumerate(SWEEP):
+        if k == 2:
+            with pytest.raises(UserError, match=r"linear loss became nan in step .*--base-lr"):
+                fitted(tmp_path / str(k), base_lr=base_lr)
+            continue
+        alone = fitted(tmp_path / str(k), base_lr=base_lr)
+        weight, bias = larc_by_hand(batches_of(*features_by_seed(21)), base_lr)
+        for ours, theirs, exact in (
+            (together.weight[k], alone.weight, weight),
+            (together.bias[k], alone.bias, bias),
+        ):
+            # To float32's rounding, of the largest number: six steps, each a sum or two.
+            bound = 1e-6 * exact.abs().max().item()
+            assert torch.allclose(ours, theirs, rtol=0, atol=bound)
+            assert torch.allclose(ours.double(), exact, rtol=0, atol=bound)
+
+
+def test_a_sweep_whose_every_rate_diverges_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"linear loss became nan in step \d .*lower rates in --sweep"
+    ):
+        fitted(tmp_path, sweep=(1e30, 1e31))
+
+
+def test_top_1_and_top_5_of_each_classifier() -> None:
+    # Scores are the features themselves: those of class c have rank c, from the highest.
+    x = torch.arange(7.0, 0, -1).expand(300, 7)  # more than are scored at a time
+    y = torch.arange(300) % 7
+    second = torch.eye(7).roll(1, 0)  # the second classifier mistakes each class for the next
+    classifiers = Classifiers(torch.nn.Linear(7, 7, bias=True), 2)
+    with torch.no_grad():
+        classifiers.weight.copy_(torch.stack([torch.eye(7), second]))
+        classifiers.bias.zero_()
+    # 300 = 42 · 7 + 6: classes 0 to 5 occur 43 times, class 6 42 times.
+    assert count_right(classifiers, x, y).tolist() == [[43, 5 * 43], [43, 5 * 43]]
+    # Rolled, class 1 scores highest, then 2, 3, 4 and 5.
+    only_0 = y == 0
+    assert count_right(classifiers, x[only_0], y[only_0]).tolist() == [[43, 43], [0, 0]]
+    assert count_right(classifiers, x[:0], y[:0]).tolist() == [[0, 0], [0, 0]]
+    assert count_right(torch.nn.Identity(), x, y).tolist() == [[43, 5 * 43]]
+
+
+def sweep(folder: Path, weights: Path, run_dir: Path, epochs: int = EPOCHS) -> list[str]:
+    rates = [str(base_lr) for base_lr in SWEEP]
+    return command(folder, weights, run_dir, "--epochs", str(epochs), "--sweep", *rates)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_sweep_leaves(ranks: int, folder: Path, weights: Path, tmp_path: Path) -> None:
+    arguments = sweep(folder, weights, tmp_path)
+    done = run(on_two_ranks(arguments) if ranks == 2 else arguments)
+    trained_by_hand = batches_of(*centre_crops(folder / "train", weights), ranks)
+    x, truth = centre_crops(folder / "val", weights)
+    classifiers = state(tmp_path, "sweep_last.pt")["classifier"]
+    (row,) = [json.loads(line) for line in (tmp_path / "linear.jsonl").read_text().splitlines()]
+    assert "top_1" not in row
+    assert row["config"]["cache_features"]
+    lines = done.stdout.splitlines()
+    lines = lines[lines.index("--base-lr   top-1 %   top-5 %") + 1 :]
+    for k, (base_lr, entry, line) in enumerate(zip(SWEEP, row["sweep"], lines, strict=False)):
+        if k == 2:
+            assert entry == {"base_lr": 1e30, "diverged": True}
+            assert line.split() == ["1e+30", "diverged"]
+            continue
+        weight, bias = larc_by_hand(trained_by_hand, base_lr)
+        assert torch.allclose(classifiers["weight"][k].double(), weight, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(classifiers["bias"][k].double(), bias, rtol=1e-4, atol=1e-6)
+        scores = x @ weight.T + bias
+        places = (scores > scores.gather(1, truth[:, None])).sum(1)
+        expected = [100 * int((places < top).sum()) / 17 for top in (1, 5)]
+        assert entry["base_lr"] == base_lr
+        assert [entry["top_1"], entry["top_5"]] == pytest.approx(expected)
+        assert line.split() == [f"{base_lr:g}", *(f"{percent:.2f}" for percent in expected)]
+    best = max((0, 1, 3), key=lambda k: row["sweep"][k]["top_1"])
+    assert lines[4].startswith(f"The best, {SWEEP[best]:g}, is chosen on the validation set itself")
+    assert not (tmp_path / "linear_last.pt").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sweep_killed_and_continued_is_the_same(
+    ranks: int, folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    def arguments(run_dir: Path) -> list[str]:
+        alone = sweep(folder, weights, run_dir, epochs=60)
+        return on_two_ranks(alone) if ranks == 2 else alone
+
+    whole, continued = tmp_path / "whole", tmp_path / "continued"
+    run(arguments(whole))
+    kill(start_until(arguments(continued), continued / "sweep_last.pt"))
+    assert state(continued, "sweep_last.pt")["epoch"] < 60, "killed too late"
+    run(arguments(continued))
+    assert_equal(state(continued, "sweep_last.pt"), state(whole, "sweep_last.pt"), "sweep_last.pt")
+    accuracies = [json.loads((end / "linear.jsonl").read_text()) for end in (whole, continued)]
+    assert accuracies[0]["sweep"] == accuracies[1]["sweep"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--sweep", "0.1", "-1"], "--sweep takes base learning rates, finite and 0 or more"),
+        (["--sweep", "0.1", "inf"], "--sweep takes base learning rates, finite and 0 or more"),
+        (["--sweep", "0.1", "--epochs", "0", "--knn"], "--sweep needs --epochs of 1 or more"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_a_sentence(
+    arguments: list[str], sentence: str, folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    done = run(command(folder, weights, tmp_path, *arguments), status=1)
+    assert done.stderr.strip() == f"error: {sentence}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_format_of_weights_is_read(weights: Path, tmp_path: Path) -> None:
