@@ -68,9 +68,11 @@ class LARC(torch.optim.Optimizer):
                 p_norm = torch.linalg.vector_norm(p, dim=over, keepdim=True)
                 g_norm = torch.linalg.vector_norm(p.grad, dim=over, keepdim=True)
                 rate = trust * p_norm / (g_norm + decay * p_norm + EPSILON)
-                # torch.where, not if: Python's if would fetch both norms from the device.
+                # where, not if: Python's if would fetch both norms from the device.
                 adapts = (p_norm != 0) & (g_norm != 0)
-                g = torch.where(adapts, (p.grad + decay * p) * rate, p.grad)
+                g = p.grad * rate.where(adapts, 1)
+                if decay:
+                    g += p * (decay * rate).where(adapts, 0)
                 state = self.state[p]
                 if "momentum_buffer" in state:
                     state["momentum_buffer"].mul_(group["momentum"]).add_(g)
