@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import albumentations as A  # noqa: N812
-import kornia.augmentation as K  # noqa: N812
+import albumentations as A
+import kornia.augmentation as K
 import numpy as np
 import torch
 from PIL import Image, ImageFilter

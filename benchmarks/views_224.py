@@ -5,16 +5,16 @@ python benchmarks/views_224.py
 
 from __future__ import annotations
 
+import contestants
 import torch
 import tyro
+from contest import Options, compare
 
-import contestants
 from common.image_ops import normalise
 from common.memory import keep_freed_memory
 from common.photographs import RandomCrops, stack
 from common.seeding import generator_for
 from common.views import ViewMaker
-from contest import Options, compare
 from simsiam_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
 
 BATCH, SIZE = 64, 224

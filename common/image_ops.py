@@ -195,7 +195,7 @@ def hue_(levels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` (float32 `[B]`, −0.5..0.5 turns), keeping HSV value and saturation.
 
     The exact result rounded to whole levels, where Pillow's HSV has 8 bits a channel: for turns
-    within ±0.1, 98 % of all colours and turns come out within 6 levels of Pillow's, the farthest 18.
+    within ±0.1, 98 % of all colours and turns are within 6 levels of Pillow's, the farthest 18.
     """
     # Hue in sextants times the chroma C = max − min is a sum of channels, with no division: from
     # pure red a colour lies max − 2 min + (red + green + blue) − 2 red away, on the one side or the

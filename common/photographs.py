@@ -104,7 +104,7 @@ def resize(photograph: Tensor, height: int, width: int) -> Tensor:
 
 
 def crop(photograph: Tensor, box: Sequence[float], size: int) -> Tensor:
-    """Cut (top, left, height, width) out of uint8 `[3, H, W]`, resize to uint8 `[3, size, size]`."""
+    """Cut (top, left, height, width) out of uint8 `[3, H, W]`; resized to `[3, size, size]`."""
     top, left, height, width = (int(edge) for edge in box)
     return resize(photograph[:, top : top + height, left : left + width], size, size)
 
@@ -117,7 +117,7 @@ class RandomCrops(Dataset):
         size: of a crop, pixels.
         scale: least and greatest area of a crop, as a share of the photograph's.
         seed: of the crops.
-        whole: applied to the whole photograph before each crop, drawn anew for each; keeps its size.
+        whole: applied to the whole photograph, whose size it keeps, anew before each crop.
         skip_broken: in place of a file that cannot be decoded, take the next one that can.
     """
 
