@@ -11,17 +11,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import contestants
 import numpy as np
 import torch
 import tyro
-from contest import Options, compare
 from PIL import Image
 
 import byol_harder_aug_imagenet.augmentation
+import contestants
 from common.datasets import list_images
 from common.memory import keep_freed_memory
 from common.photographs import RandomCrops, stack
+from contest import Options, compare
 from simsiam_imagenet.augmentation import CROP_SCALE
 
 COUNT, SIZE = 64, 224

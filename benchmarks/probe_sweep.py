@@ -17,12 +17,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 import tyro
-from contest import Options, compare
 
 from common.distributed import Ranks
 from common.linear_evaluation import Config, cached_batches, fit
 from common.linear_probe import new_classifier
 from common.stop import StopFlag
+from contest import Options, compare
 
 RATES = tuple(0.01 * 1.3**step for step in range(20))
 RANKS = Ranks(0, 1, torch.device("cpu"))

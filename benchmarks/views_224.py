@@ -5,16 +5,16 @@ python benchmarks/views_224.py
 
 from __future__ import annotations
 
-import contestants
 import torch
 import tyro
-from contest import Options, compare
 
+import contestants
 from common.image_ops import normalise
 from common.memory import keep_freed_memory
 from common.photographs import RandomCrops, stack
 from common.seeding import generator_for
 from common.views import ViewMaker
+from contest import Options, compare
 from simsiam_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
 
 BATCH, SIZE = 64, 224
@@ -24,14 +24,8 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as every run on a CPU does
     images = contestants.photographs(BATCH, 375, 500)
-    crops = RandomCrops(
-        [torch.from_numpy(image).permute(2, 0, 1) for image in images],
-        2,
-        SIZE,
-        CROP_SCALE,
-        0,
-        False,
-    )
+    decoded = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    crops = RandomCrops(decoded, 2, SIZE, CROP_SCALE, 0, False)
     heavy = heavy_augmentation(contestants.NUM_OPS, contestants.MAGNITUDE)
     maker = ViewMaker(standard_augmentation(), heavy, "dssl")
 

@@ -5,16 +5,16 @@ python benchmarks/views_32.py
 
 from __future__ import annotations
 
-import contestants
 import torch
 import tyro
-from contest import Options, compare
 
+import contestants
 from common.image_ops import normalise
 from common.memory import keep_freed_memory
 from common.randaugment import RandAugment
 from common.seeding import generator_for
 from common.views import ViewMaker
+from contest import Options, compare
 from simsiam_cifar10.augmentation import standard_augmentation
 
 BATCH, SIZE = 512, 32
