@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from common.byol import BYOL
-from common.resnet import CifarResNet, Depth
+from common.resnet import CifarDepth, CifarResNet
 
 
-def online_network(architecture: Depth, width: int, hidden_dim: int, projector_dim: int) -> BYOL:
+def online_network(
+    architecture: CifarDepth,
+    width: int,
+    hidden_dim: int,
+    projector_dim: int,
+    stem_stride: int = 1,
+) -> BYOL:
     """BYOL over a ResNet for 32 px, with byol_harder_aug_imagenet's heads: this project's choice.
 
     Args:
-        architecture, width: of the backbone.
+        architecture, width, stem_stride: of the backbone.
         hidden_dim, projector_dim: of the heads, as in `BYOL`.
     """
-    return BYOL(CifarResNet(architecture, width), hidden_dim, projector_dim)
+    return BYOL(CifarResNet(architecture, width, stem_stride), hidden_dim, projector_dim)

@@ -45,7 +45,7 @@ from common.meter import Meter, require_finite
 from common.picture import PICTURED, picture_views
 from common.precision import Precision, autocast
 from common.progress import Bar, Progress
-from common.resnet import Depth
+from common.resnet import CifarDepth
 from common.run_log import REPOSITORY, RunLog
 from common.schedule import warmup_cosine
 from common.seeding import epoch_order, generator_for
@@ -64,8 +64,9 @@ class Config:
     randaug_num_ops: int = 2  # N of RandAugment(N, M), the heavy view
     randaug_magnitude: int = 9  # M, 0..30
     # model
-    backbone: Depth = "resnet18"  # with the stem for 32 px
+    backbone: CifarDepth = "resnet18"  # with the stem for 32 px
     width: int = 64  # channels of the backbone's first stage, a multiple of 8
+    stem_stride: int = 1  # of the first convolution; 2 for trials, at a quarter of the cost
     hidden_dim: int = 4096  # of projector and predictor
     projector_dim: int = 256  # d, of z and p
     ema_decay: float = 0.99  # of the target network's parameters, after each step
@@ -113,7 +114,8 @@ def main(config: Config) -> None:
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(config.seed)
-    network = online_network(config.backbone, config.width, config.hidden_dim, config.projector_dim)
+    heads = (config.hidden_dim, config.projector_dim)
+    network = online_network(config.backbone, config.width, *heads, config.stem_stride)
     model = ranks.wrap(network.to(memory_format=torch.channels_last))
     network = unwrap(model)
     target_network = make_target(network)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from common.head import head
-from common.resnet import CifarResNet, Depth
+from common.resnet import CifarDepth, CifarResNet
 
 
 class SimCLR(nn.Module):
@@ -14,16 +14,21 @@ class SimCLR(nn.Module):
     The projector's form and widths are this project's choice: the authors published no script.
 
     Args:
-        architecture, width: of the backbone.
+        architecture, width, stem_stride: of the backbone.
         hidden_dim: of the projector.
         projector_dim: d, of z.
     """
 
     def __init__(
-        self, architecture: Depth, width: int, hidden_dim: int, projector_dim: int
+        self,
+        architecture: CifarDepth,
+        width: int,
+        hidden_dim: int,
+        projector_dim: int,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.backbone = CifarResNet(architecture, width)
+        self.backbone = CifarResNet(architecture, width, stem_stride)
         self.projector = head(self.backbone.feature_dim, hidden_dim, projector_dim)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from common.resnet import CifarResNet, Depth
+from common.resnet import CifarDepth, CifarResNet
 
 
 class SimSiam(nn.Module):
@@ -14,16 +14,21 @@ class SimSiam(nn.Module):
     layer there is built and never used; it is left out here.
 
     Args:
-        architecture, width: of the backbone.
+        architecture, width, stem_stride: of the backbone.
         projector_dim: d, of z and p.
         predictor_dim: of the predictor's bottleneck.
     """
 
     def __init__(
-        self, architecture: Depth, width: int, projector_dim: int, predictor_dim: int
+        self,
+        architecture: CifarDepth,
+        width: int,
+        projector_dim: int,
+        predictor_dim: int,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.backbone = CifarResNet(architecture, width)
+        self.backbone = CifarResNet(architecture, width, stem_stride)
         self.projector = nn.Sequential(
             nn.Linear(self.backbone.feature_dim, projector_dim),
             nn.BatchNorm1d(projector_dim),

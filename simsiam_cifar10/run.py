@@ -34,7 +34,7 @@ from common.meter import Meter, require_finite
 from common.picture import PICTURED, picture_views
 from common.precision import Precision, autocast
 from common.progress import Bar, Progress
-from common.resnet import Depth
+from common.resnet import CifarDepth
 from common.run_log import REPOSITORY, RunLog
 from common.schedule import warmup_cosine
 from common.seeding import epoch_order, generator_for
@@ -56,8 +56,9 @@ class Config:
     randaug_num_ops: int = 2  # N of RandAugment(N, M), the heavy view
     randaug_magnitude: int = 9  # M, 0..30
     # model
-    backbone: Depth = "resnet18"  # with the stem for 32 px
+    backbone: CifarDepth = "resnet18"  # with the stem for 32 px
     width: int = 64  # channels of the backbone's first stage, a multiple of 8
+    stem_stride: int = 1  # of the first convolution; 2 for trials, at a quarter of the cost
     projector_dim: int = 2048  # d, of z and p
     predictor_dim: int = 512  # the predictor's bottleneck
     # loss
@@ -106,7 +107,8 @@ def main(config: Config) -> None:
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(config.seed)
-    network = SimSiam(config.backbone, config.width, config.projector_dim, config.predictor_dim)
+    heads = (config.projector_dim, config.predictor_dim)
+    network = SimSiam(config.backbone, config.width, *heads, config.stem_stride)
     model = ranks.wrap(network.to(memory_format=torch.channels_last))
     network = unwrap(model)
     if config.compile:

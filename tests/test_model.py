@@ -86,6 +86,18 @@ def test_shapes(
         assert [type(block) for block in layer] == [blocks] * depth
 
 
+def test_a_stem_of_stride_2_and_a_block_a_stage() -> None:
+    backbone = CifarResNet("resnet10", 8, stem_stride=2)
+    sizes = []
+    for layer in (backbone.relu, backbone.layer1, backbone.layer4):
+        layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.shape))
+    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+    assert sizes == [(2, 8, 16, 16), (2, 8, 16, 16), (2, 64, 2, 2)]
+    assert [len(getattr(backbone, f"layer{stage}")) for stage in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="--stem-stride is 1 or 2, not 3"):
+        CifarResNet("resnet10", 8, stem_stride=3)
+
+
 @pytest.mark.parametrize("width", [-8, 0, 4, 12, 63])
 def test_widths_that_convolutions_cannot_take_are_refused(width: int) -> None:
     with pytest.raises(UserError, match=f"--width is a multiple of 8, not {width}"):

@@ -1,0 +1,171 @@
+"""One training step of simsiam_cifar10 and of byol_cifar10, dssl, ResNet-18 at 32 px.
+
+    python benchmarks/training_step.py
+    python benchmarks/training_step.py --curves    # both's losses over 200 steps instead
+
+The yardstick is a step as the authors' scripts make it: float32 in contiguous memory, all passes,
+then one backward; for BYOL the targets are computed twice. Ours is what `run.py` does: channels
+last, each part backward at once, targets once, bf16 where the processor multiplies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import byol_cifar10.loss
+import simsiam_cifar10.loss
+from byol_cifar10.model import online_network
+from common.dssl import loss_parts
+from common.ema import make_target, update
+from common.memory import keep_freed_memory
+from common.precision import Precision, autocast, has_native_bf16
+from common.views import Views
+from contest import Options, compare
+from simsiam_cifar10.model import SimSiam
+
+CPU = torch.device("cpu")
+Step = Callable[[Views], float]
+
+
+@dataclass(frozen=True)
+class StepOptions(Options):
+    rounds: int = 5
+    batch_size: int = 128
+    threads: int = 2
+    width: int = 64  # channels of the first stage
+    curves: bool = False  # print the losses of 200 steps by both instead
+
+
+def optimiser(network: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
+
+
+def simsiam_as_the_authors(network: nn.Module, reverse_weight: float = 0.1) -> Step:
+    sgd, pull, s = optimiser(network), simsiam_cifar10.loss.pull, reverse_weight
+
+    def step(views: Views) -> float:
+        (p_1, z_1), (p_2, z_2), (p_3, z_3), (p_4, z_4) = (network(view) for view in views)
+        loss = pull(p_1, z_2) + pull(p_2, z_1)
+        loss = loss + (1 - s) * (pull(p_3, z_1) + pull(p_4, z_2))
+        loss = loss + s * (pull(p_1, z_3) + pull(p_2, z_4))
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        return loss.item()
+
+    return step
+
+
+def simsiam(network: nn.Module, precision: Precision = "auto") -> Step:
+    network = network.to(memory_format=torch.channels_last)
+    sgd = optimiser(network)
+
+    def forward(view: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(precision, CPU):
+            return network(view.contiguous(memory_format=torch.channels_last))
+
+    def step(views: Views) -> float:
+        loss = 0.0
+        sgd.zero_grad()
+        for part in loss_parts(network, forward, views, "dssl", simsiam_cifar10.loss.pull, 0.1):
+            part.loss.backward()
+            loss += part.loss.item()
+        sgd.step()
+        return loss
+
+    return step
+
+
+def byol_as_the_authors(network: nn.Module) -> Step:
+    sgd, target, pull = optimiser(network), make_target(network), byol_cifar10.loss.pull
+
+    def step(views: Views) -> float:
+        (p_1, _), (p_2, _), (p_3, _), (p_4, _) = (network(view) for view in views)
+        with torch.no_grad():
+            xi_1, xi_2 = target.project(views[0]), target.project(views[1])
+        loss = pull(p_1, xi_2) + pull(p_2, xi_1)
+        with torch.no_grad():
+            xi_1, xi_2 = target.project(views[0]), target.project(views[1])
+        loss = loss + pull(p_3, xi_1) + pull(p_4, xi_2)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        update(target, network, 0.99)
+        return loss.item()
+
+    return step
+
+
+def byol(network: nn.Module, precision: Precision = "auto") -> Step:
+    network = network.to(memory_format=torch.channels_last)
+    sgd, target_network = optimiser(network), make_target(network)
+
+    def forward(view: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(precision, CPU):
+            return network(view.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def target(view: Tensor, z: Tensor) -> Tensor:
+        with autocast(precision, CPU):
+            return target_network.project(view.contiguous(memory_format=torch.channels_last))
+
+    def step(views: Views) -> float:
+        loss = 0.0
+        sgd.zero_grad()
+        parts = loss_parts(network, forward, views, "dssl", byol_cifar10.loss.pull, target=target)
+        for part in parts:
+            part.loss.backward()
+            loss += part.loss.item()
+        sgd.step()
+        update(target_network, network, 0.99)
+        return loss
+
+    return step
+
+
+def simsiam_network(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return SimSiam("resnet18", width, 2048, 512)
+
+
+def byol_network(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return online_network("resnet18", width, 4096, 256)
+
+
+def main(options: StepOptions) -> None:
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as every run on a CPU does
+    generator = torch.Generator().manual_seed(0)
+    size = (options.batch_size, 3, 32, 32)
+    views = Views(*(torch.randn(size, generator=generator) for _ in range(4)))
+    ours = "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)"
+    contests = {
+        "simsiam_cifar10": (simsiam_network, simsiam_as_the_authors, simsiam),
+        "byol_cifar10": (byol_network, byol_as_the_authors, byol),
+    }
+    for name, (network, as_the_authors, as_we) in contests.items():
+        theirs = as_the_authors(network(options.width))
+        mine = as_we(network(options.width))
+        if options.curves:
+            print(f"{name}: step, loss as the authors, ours")
+            for step in range(200):
+                views = Views(*(torch.randn(size, generator=generator) for _ in range(4)))
+                print(f"{step} {theirs(views):.5f} {mine(views):.5f}", flush=True)
+            continue
+        contestants = {
+            "as the authors: fp32, contiguous, one backward": partial(theirs, views),
+            ours: partial(mine, views),
+        }
+        row = f"a step of {name}, dssl, width {options.width}, batch {options.batch_size}"
+        compare(row, contestants, options, items=options.batch_size)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(StepOptions))
