@@ -63,6 +63,7 @@ class Config:
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1
     randaug_num_ops: int = 2  # N of RandAugment(N, M), the heavy view
     randaug_magnitude: int = 9  # M, 0..30
+    translate_relative: bool = False  # translate as far as at 224 px, not by the same pixels
     # model
     backbone: CifarDepth = "resnet18"  # with the stem for 32 px
     width: int = 64  # channels of the backbone's first stage, a multiple of 8
@@ -109,7 +110,9 @@ def main(config: Config) -> None:
     device = ranks.device
     rows = ranks.share(config.batch_size)
     require(config.batch_size >= 2 * ranks.world_size, "--batch-size: BatchNorm needs 2 a process")
-    heavy = heavy_augmentation(config.randaug_num_ops, config.randaug_magnitude)
+    heavy = heavy_augmentation(
+        config.randaug_num_ops, config.randaug_magnitude, config.translate_relative
+    )
     view_maker = ViewMaker(standard_augmentation(), heavy, config.regime)
 
     # ---------------------------------------------------------------- model

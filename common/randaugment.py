@@ -301,17 +301,20 @@ class RandAugment(Augmentation):
     Args:
         num_ops: N, at least 1.
         magnitude: M, 0..30; the strength is low + M/30 · (high − low).
+        translate_relative: translate in proportion to the image, as far as at 224 px, and not by
+            the same number of pixels whatever its size. Not in the paper.
 
     Raises:
         UserError: for N below 1 or M outside 0..30.
     """
 
-    def __init__(self, num_ops: int, magnitude: int) -> None:
+    def __init__(self, num_ops: int, magnitude: int, translate_relative: bool = False) -> None:
         if num_ops < 1:
             raise UserError(f"RandAugment needs at least 1 operation, not {num_ops}")
         if not 0 <= magnitude <= 30:
             raise UserError(f"RandAugment's magnitude M lies in 0..30, not {magnitude}")
         self.num_ops = num_ops
+        self.translate_relative = translate_relative
         self.values = [low + magnitude / 30 * (high - low) for low, high, _ in STRENGTHS.values()]
         # For each operation: its index, sign, and Cutout's centre x, y in pixels.
         self.columns = 4 * num_ops
@@ -330,8 +333,12 @@ class RandAugment(Augmentation):
         centres = draws.device.unflatten(1, (self.num_ops, 4))[:, :, 2:]
         # One group for each operation and sign: all its images share one strength.
         groups = 2 * host[:, :, 0] + (host[:, :, 1] < 0)
+        height, width = images.shape[2:]
+        scale = {"TranslateX": width / 224, "TranslateY": height / 224}
         functions = []
         for name, value in zip(OPERATIONS, self.values, strict=True):
+            if self.translate_relative:
+                value *= scale.get(name, 1)
             for sign in (1, -1):
                 signed = sign * value if STRENGTHS[name][2] else value
                 functions.append(partial(_operate, OPERATIONS[name], signed, centres))

@@ -6,6 +6,6 @@ from common.image_ops import Augmentation
 from common.randaugment import RandAugment
 
 
-def heavy_augmentation(num_ops: int, magnitude: int) -> Augmentation:
+def heavy_augmentation(num_ops: int, magnitude: int, translate_relative: bool) -> Augmentation:
     """T̂, applied to a standard view: RandAugment(N, M)."""
-    return RandAugment(num_ops, magnitude)
+    return RandAugment(num_ops, magnitude, translate_relative)

@@ -333,6 +333,20 @@ def test_rand_augment_knows_every_strength(magnitude: int) -> None:
     assert_equal(augment.apply(images, Draws.of(draws)), expected, what)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (28, 56), (224, 224)], ids=str)
+def test_translations_in_proportion(size: tuple[int, int]) -> None:
+    """At M = 9: 30 px at 224, a seventh of it at 32; other operations are left as they are."""
+    images = pictures(15, size)
+    names = list(OPERATIONS)
+    for name, side in (("TranslateX", size[1]), ("TranslateY", size[0]), ("Rotate", 224)):
+        for sign in (1, -1):
+            draws = torch.tensor([names.index(name), sign, 0, 0]).expand(15, -1).to(torch.float32)
+            result = RandAugment(1, 9, translate_relative=True).apply(images, Draws.of(draws))
+            value = sign * pillow_reference.strength(name, 9) * side / 224
+            expected = pillow_reference.operate(name, images, value)
+            assert_equal(result, expected, f"{name} by {value}")
+
+
 @pytest.mark.parametrize("name", STRENGTHS)
 def test_one_operation_for_the_whole_batch(name: str) -> None:
     """A batch may draw the same operation for every image, and an operation twice in a row."""

@@ -1,0 +1,62 @@
+"""kNN search: 10,000 queries in a bank of 50,000 × 512, 10 classes, k = 200.
+
+python benchmarks/knn_search.py
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from common.knn import NEIGHBOURS, TEMPERATURE, knn_predict
+from common.memory import keep_freed_memory
+from contest import Options, compare
+
+BANK, QUERIES, DIM, CLASSES = 50_000, 10_000, 512, 10
+BLOCK = 512
+
+
+def features(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Non-negative features, as a ResNet's, around a centre a class; and labels."""
+    centres = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    noise = torch.randn(count, DIM, generator=generator)
+    return (0.3 * centres[labels] + noise).relu(), labels
+
+
+def one_hot_votes(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+    """The common form (Wu et al. 2018's code): all similarities, one-hot votes, a full sort."""
+    bank = F.normalize(bank, dim=1).T.contiguous()
+    predictions = []
+    for block in F.normalize(queries, dim=1).split(BLOCK):
+        weights, index = (block @ bank).topk(NEIGHBOURS, dim=1)
+        one_hot = torch.zeros(len(block) * NEIGHBOURS, CLASSES)
+        one_hot.scatter_(1, labels[index].view(-1, 1), 1.0)
+        votes = one_hot.view(len(block), -1, CLASSES) * (weights / TEMPERATURE).exp()[..., None]
+        predictions.append(votes.sum(dim=1).argsort(dim=1, descending=True)[:, 0])
+    return torch.cat(predictions)
+
+
+def main(options: Options) -> None:
+    keep_freed_memory()  # as every run on a CPU does
+    generator = torch.Generator().manual_seed(0)
+    bank, labels = features(BANK, generator)
+    queries, _ = features(QUERIES, generator)
+    agree = one_hot_votes(queries, bank, labels) == knn_predict(queries, bank, labels, CLASSES)
+    print(f"same predictions: {100 * agree.float().mean().item():.2f} %")
+    compare(
+        "kNN search, 10,000 queries in 50,000 × 512",
+        {
+            "blocks of 512, one-hot votes": lambda: one_hot_votes(queries, bank, labels),
+            "this project": lambda: knn_predict(queries, bank, labels, CLASSES),
+        },
+        options,
+        items=QUERIES,
+        unit="query",
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
