@@ -35,7 +35,7 @@ from simsiam_cifar10.model import SimSiam
 
 @dataclass(frozen=True)
 class GrowthOptions:
-    rounds: int = 3
+    rounds: int = 2
     width: int = 16  # of the step's ResNet-18
     threads: int = 1
 
@@ -113,8 +113,8 @@ def main(options: GrowthOptions) -> None:
         f"step at 32 px, width {options.width}, by batch": {
             b: partial(step, b, 32) for b in batches
         },
-        f"step of 64 images, width {options.width}, by size (px)": {
-            s: partial(step, 64, s) for s in sizes
+        f"step of 16 images, width {options.width}, by size (px)": {
+            s: partial(step, 16, s) for s in sizes
         },
         "kNN of 1,000 queries, by bank": {
             n: partial(knn_of, n, 1000) for n in (1000, 5000, 20_000, 60_000)

@@ -9,13 +9,13 @@ import torch
 import tyro
 
 import contestants
+from common.cifar10 import standard_augmentation
 from common.image_ops import normalise
 from common.memory import keep_freed_memory
 from common.randaugment import RandAugment
 from common.seeding import generator_for
 from common.views import ViewMaker
 from contest import Options, compare
-from simsiam_cifar10.augmentation import standard_augmentation
 
 BATCH, SIZE = 512, 32
 
