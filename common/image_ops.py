@@ -413,32 +413,24 @@ def draw_crops(
     """
     tries, ratio = 10, (3 / 4, 4 / 3)
     height, width = size
+    limits = constant(size, torch.device("cpu"))
     area = torch.empty(batch, tries).uniform_(*scale, generator=generator) * (height * width)
     log_ratio = torch.empty(batch, tries).uniform_(*map(math.log, ratio), generator=generator)
     aspect = log_ratio.exp_()
-    crop_width = (area * aspect).sqrt_().round_()
-    crop_height = (area / aspect).sqrt_().round_()
-    fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
-    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
-    crop_width, crop_height = crop_width.gather(1, first), crop_height.gather(1, first)
-    # The fallback: the whole image, cut to the nearest allowed aspect ratio.
-    fallback_width = min(width, round(height * ratio[1]))
-    fallback_height = min(height, round(width / ratio[0]))
-    found = fits.any(dim=1, keepdim=True)
-    crop_width = torch.where(found, crop_width, fallback_width)
-    crop_height = torch.where(found, crop_height, fallback_height)
+    crops = torch.stack([area / aspect, area * aspect], dim=2).sqrt_().round_()  # height, width
+    fits = ((crops > 0) & (crops <= limits)).all(dim=2)
+    first = fits.to(torch.uint8).argmax(dim=1)
+    crop = crops[torch.arange(batch), first]
     place = torch.rand(batch, 2, generator=generator)
-    top = torch.where(
-        found,
-        (place[:, :1] * (height - crop_height + 1)).floor_(),
-        (height - crop_height).div(2, rounding_mode="floor"),
-    )
-    left = torch.where(
-        found,
-        (place[:, 1:] * (width - crop_width + 1)).floor_(),
-        (width - crop_width).div(2, rounding_mode="floor"),
-    )
-    return torch.cat([top, left, crop_height, crop_width], dim=1)
+    corner = (place * (limits - crop + 1)).floor_()
+    boxes = torch.cat([corner, crop], dim=1)
+    missed = ~fits.any(dim=1)
+    if missed.any():
+        # The fallback: the whole image, cut in the middle to the nearest allowed aspect ratio.
+        longest = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+        middle = (height - longest[0]) // 2, (width - longest[1]) // 2
+        boxes[missed] = torch.tensor([*middle, *longest], dtype=torch.float32)
+    return boxes
 
 
 def resize_centre_crop(images: Tensor, resize: int, size: int, kernel: str) -> Tensor:
