@@ -12,9 +12,6 @@ import json
 import statistics
 from pathlib import Path
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
-
 FOLDER = Path(__file__).resolve().parent
 METHODS = {"simclr": "SimCLR", "byol": "BYOL", "simsiam": "SimSiam"}
 REGIMES = {"baseline": "baseline", "joint": "joint", "dssl": "dssl"}
@@ -96,6 +93,9 @@ def tables() -> str:
 
 
 def plot(path: Path) -> None:
+    import matplotlib as mpl  # here, so that the tables do without it
+    from matplotlib import pyplot as plt
+
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, sharey="row")
     for column, (method, title) in enumerate(METHODS.items()):
