@@ -220,13 +220,13 @@ def fit(
         StopRequested: after a checkpoint, when a signal came.
         UserError: if the loss is not finite, in a sweep every loss.
     """
+    # Files by kind: the protocol's classifier, costlier by far, stays beside the others.
+    kind, classifier, way_out = "linear", start, "try a lower --base-lr"
     if config.sweep:
+        kind, way_out = "sweep", "try lower rates in --sweep"
         classifier = Classifiers(start, len(config.sweep))
-        # Files of its own: the protocol's classifier, costlier by far, stays.
-        names, way_out = ("sweep_last.pt", "sweep_previous.pt"), "try lower rates in --sweep"
-    else:
-        classifier = start
-        names, way_out = ("linear_last.pt", "linear_previous.pt"), "try a lower --base-lr"
+    elif config.cache_features:
+        kind = "cached"
 
     def rate(epoch: int) -> float | Tensor:
         base_lrs = config.sweep or (config.base_lr,)
@@ -234,7 +234,9 @@ def fit(
         rates = [cosine(epoch, config.epochs, peak) for peak in peaks]
         return torch.tensor(rates, device=ranks.device) if config.sweep else rates[0]
 
-    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    # What else is measured does not touch training; the backbone is identified by its weights.
+    unused = {"knn", "pretrained", *MAY_CHANGE} | ({"base_lr"} if config.sweep else set())
+    settings = {name: value for name, value in asdict(config).items() if name not in unused}
     model = ranks.wrap(classifier)
     train_classifier(
         model,
@@ -243,7 +245,9 @@ def fit(
         rate,
         config.epochs,
         identity={**settings, **identity},
-        checkpoints=Checkpoints(folder, *names, "remove these to train anew"),
+        checkpoints=Checkpoints(
+            folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train anew"
+        ),
         ranks=ranks,
         stop=stop,
         way_out=way_out,

@@ -88,8 +88,8 @@ def whole(folder: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory)
     return run_dir
 
 
-def trained(run_dir: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run_dir / "linear_last.pt", weights_only=True)["classifier"]
+def trained(run_dir: Path, kind: str = "linear") -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / f"{kind}_last.pt", weights_only=True)["classifier"]
 
 
 def results(run_dir: Path) -> list[tuple[float, float]]:
@@ -125,8 +125,8 @@ def larc_by_hand(
     return parameters
 
 
-def assert_trained(run_dir: Path, expected: list[torch.Tensor]) -> None:
-    ours = trained(run_dir)
+def assert_trained(run_dir: Path, expected: list[torch.Tensor], kind: str = "linear") -> None:
+    ours = trained(run_dir, kind)
     assert torch.allclose(ours["weight"].double(), expected[0], rtol=1e-4, atol=1e-6)
     assert torch.allclose(ours["bias"].double(), expected[1], rtol=1e-4, atol=1e-6)
 
@@ -177,7 +177,8 @@ def test_cached_features_and_knn(folder: Path, weights: Path, tmp_path: Path) ->
     done = run(command(folder, weights, tmp_path, "--cache-features", "--knn"))
     assert "kNN accuracy" in done.stdout
     x, y = centre_crops(folder / "train", weights)
-    assert_trained(tmp_path, larc_by_hand(batches_of(x, y)))
+    assert_trained(tmp_path, larc_by_hand(batches_of(x, y)), "cached")
+    assert not (tmp_path / "linear_last.pt").exists()  # the protocol's stays apart
 
     bank = (x / x.norm(dim=1, keepdim=True)).numpy()
     right = 0
@@ -217,6 +218,9 @@ def test_typed_again_trains_no_more_and_two_ranks_count_the_same(
     folder: Path, weights: Path, whole: Path
 ) -> None:
     before = trained(whole)
+    written = (whole / "linear_last.pt").stat().st_mtime_ns
+    run(command(folder, weights, whole, "--knn"))  # measures more, trains nothing
+    assert (whole / "linear_last.pt").stat().st_mtime_ns == written
     run(on_two_ranks(command(folder, weights, whole)))
     assert all(torch.equal(value, before[name]) for name, value in trained(whole).items())
     first, *others = results(whole)
