@@ -1,4 +1,4 @@
-"""The head that BYOL's and SimCLR's networks put on a backbone."""
+"""The head of two layers: a predictor, or BYOL's and SimCLR's projector."""
 
 from __future__ import annotations
 

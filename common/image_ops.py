@@ -347,14 +347,17 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     y first for tall crops that shrink: there bilinear is up to 2 apart, bicubic at sharp edges 32.
     """
     batch, channels, height, width = images.shape
+    new_height, new_width = rows.shape[1], columns.shape[1]
     # One product an image, not one a channel: all its rows side by side, then all its columns.
     pixels = images.to(torch.float32).reshape(batch, channels * height, width)
     columns = columns.transpose(1, 2).expand(batch, -1, -1)
     pixels = torch.bmm(pixels, columns).add_(0.5).floor_().clamp_(0, 255)
-    pixels = pixels.view(batch, channels, height, -1).transpose(1, 2).reshape(batch, height, -1)
+    pixels = pixels.view(batch, channels, height, new_width).transpose(1, 2)
+    pixels = pixels.reshape(batch, height, channels * new_width)
     pixels = torch.bmm(rows.expand(batch, -1, -1), pixels)
     pixels = to_uint8(pixels.add_(0.5).clamp_(0, 255))
-    return pixels.view(batch, pixels.shape[1], channels, -1).transpose(1, 2).contiguous()
+    pixels = pixels.view(batch, new_height, channels, new_width)
+    return pixels.transpose(1, 2).contiguous()
 
 
 class RandomResizedCropFlip(Augmentation):

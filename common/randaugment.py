@@ -43,13 +43,16 @@ def _stretch_tables(device: torch.device) -> Tensor:
     not every device has float64. 16 MiB, kept.
     """
     value = torch.arange(256, dtype=torch.float64)
-    low, high = value[:, None, None], value[None, :, None]
-    # Tensor by tensor: torch turns number / tensor into a product with the reciprocal.
-    scale = torch.full_like(high - low, 255.0) / (high - low)
-    table = value * scale
-    table += -low * scale
-    table = table.nan_to_num_().clamp_(0, 255).to(torch.uint8)
-    return torch.where(high > low, table, value.to(torch.uint8)).to(device)
+    high = value[:, None]
+    tables = torch.empty(256, 256, 256, dtype=torch.uint8)
+    for low in range(256):  # one by one, at 512 KiB of float64 a time
+        # Tensor by tensor: torch turns number / tensor into a product with the reciprocal.
+        scale = torch.full_like(high, 255.0) / (high - low)
+        table = value * scale
+        table += -low * scale
+        table = table.nan_to_num_().clamp_(0, 255).to(torch.uint8)
+        tables[low] = torch.where(high > low, table, value.to(torch.uint8))
+    return tables.to(device)
 
 
 def auto_contrast(images: Tensor, value: float = 0.0) -> Tensor:
@@ -143,7 +146,6 @@ def _fixed(number: float) -> int:
     return math.floor(number * 65536.0 + 0.5)
 
 
-@lru_cache(maxsize=256)
 def _affine_source(
     matrix: tuple[float, float, float, float, float, float],
     height: int,
@@ -165,8 +167,15 @@ def _affine_source(
     return index.flatten().to(device), inside.flatten().to(torch.uint8).to(device)
 
 
+# A training's views have one size, and a few matrices.
+_kept_affine_source = lru_cache(maxsize=32)(_affine_source)
+
+
 def _affine(images: Tensor, matrix: tuple[float, float, float, float, float, float]) -> Tensor:
-    index, inside = _affine_source(matrix, images.shape[2], images.shape[3], images.device)
+    height, width = images.shape[2:]
+    # Whole photographs come in any size: keeping theirs would cost gigabytes and serve nothing.
+    source = _kept_affine_source if height * width <= 2**16 else _affine_source
+    index, inside = source(matrix, height, width, images.device)
     pixels = images.flatten(2)
     return pixels.gather(2, index.expand_as(pixels)).mul_(inside).view_as(images)
 
@@ -314,6 +323,7 @@ class RandAugment(Augmentation):
         if not 0 <= magnitude <= 30:
             raise UserError(f"RandAugment's magnitude M lies in 0..30, not {magnitude}")
         self.num_ops = num_ops
+        self.magnitude = magnitude
         self.translate_relative = translate_relative
         self.values = [low + magnitude / 30 * (high - low) for low, high, _ in STRENGTHS.values()]
         # For each operation: its index, sign, and Cutout's centre x, y in pixels.
@@ -331,14 +341,15 @@ class RandAugment(Augmentation):
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         host = draws.host.to(torch.int64).unflatten(1, (self.num_ops, 4))
         centres = draws.device.unflatten(1, (self.num_ops, 4))[:, :, 2:]
-        # One group for each operation and sign: all its images share one strength.
-        groups = 2 * host[:, :, 0] + (host[:, :, 1] < 0)
-        height, width = images.shape[2:]
-        scale = {"TranslateX": width / 224, "TranslateY": height / 224}
+        # One group for each operation, or two by its sign: all its images share one strength.
+        operation, sign = host[:, :, 0], host[:, :, 1]
+        is_signed = torch.tensor([is_signed for _, _, is_signed in STRENGTHS.values()])
+        groups = 2 * operation + (is_signed[operation] & (sign < 0))
+        sides = {"TranslateX": images.shape[3], "TranslateY": images.shape[2]}
         functions = []
         for name, value in zip(OPERATIONS, self.values, strict=True):
-            if self.translate_relative:
-                value *= scale.get(name, 1)
+            if self.translate_relative and name in sides:
+                value = self.magnitude * 100 * sides[name] / (30 * 224)
             for sign in (1, -1):
                 signed = sign * value if STRENGTHS[name][2] else value
                 functions.append(partial(_operate, OPERATIONS[name], signed, centres))

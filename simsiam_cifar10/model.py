@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from common.head import head
 from common.resnet import CifarDepth, CifarResNet
 
 
@@ -36,12 +37,7 @@ class SimSiam(nn.Module):
             nn.Linear(projector_dim, projector_dim),
             nn.BatchNorm1d(projector_dim, affine=False),
         )
-        self.predictor = nn.Sequential(
-            nn.Linear(projector_dim, predictor_dim),
-            nn.BatchNorm1d(predictor_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(predictor_dim, projector_dim),
-        )
+        self.predictor = head(projector_dim, predictor_dim, projector_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         z = self.projector(self.backbone(images))

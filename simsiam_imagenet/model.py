@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.head import head
 from common.resnet import Depth, imagenet_resnet
 
 
@@ -33,12 +34,7 @@ class SimSiam(nn.Module):
             nn.Linear(d, d),
             nn.BatchNorm1d(d),
         )
-        self.predictor = nn.Sequential(
-            nn.Linear(d, predictor_dim),
-            nn.BatchNorm1d(predictor_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(predictor_dim, d),
-        )
+        self.predictor = head(d, predictor_dim, d)
         self.apply(initialise)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
