@@ -137,7 +137,8 @@ def main(config: Config) -> None:
     target_network = make_target(network)
     if config.compile:
         network.compile()
-        target_network.compile()
+        target_network.backbone.compile()
+        target_network.projector.compile()
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(config.precision, device):
