@@ -5,7 +5,6 @@ python benchmarks/feature_extraction.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,10 +61,7 @@ def main(options: FeatureOptions) -> None:
 
     @torch.no_grad()
     def by_loader() -> list[Tensor]:
-        return [contiguous(batch) for batch in batches(loader)]
-
-    def batches(loader: DataLoader) -> Iterator[Tensor]:
-        yield from loader
+        return [contiguous(batch) for batch in loader]
 
     def encode(part: Tensor) -> Tensor:
         with autocast("auto", CPU):

@@ -20,9 +20,8 @@ from functools import partial
 import torch
 import tyro
 
-from common.cifar10 import centre_view, normalised
+from common.cifar10 import centre_view, normalised, standard_augmentation
 from common.dssl import loss_parts
-from common.image_ops import Chain, ColorJitter, RandomGrey, RandomResizedCropFlip
 from common.knn import knn_predict
 from common.memory import keep_freed_memory
 from common.randaugment import RandAugment
@@ -45,12 +44,7 @@ def random_images(count: int, size: int) -> torch.Tensor:
 
 
 def view_maker(size: int) -> ViewMaker:
-    standard = Chain(
-        RandomResizedCropFlip(size, scale=(0.2, 1.0)),
-        ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
-        RandomGrey(probability=0.2),
-    )
-    return ViewMaker(standard, RandAugment(2, 9), "dssl")
+    return ViewMaker(standard_augmentation(size), RandAugment(2, 9), "dssl")
 
 
 def views_of(batch: int, size: int) -> Callable[[], object]:
@@ -136,6 +130,7 @@ def main(options: GrowthOptions) -> None:
                 target=measure, args=(make, options.rounds, options.threads, sending)
             )
             process.start()
+            sending.close()  # so that a process that dies ends the wait
             seconds, peak = receiving.recv()
             process.join()
             grows = ""

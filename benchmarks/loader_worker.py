@@ -58,7 +58,7 @@ def main(options: LoaderOptions) -> None:
             "a loader worker: decode, and views of 224 px",
             {
                 "Pillow: decode, four views": by_pillow,
-                "byol_harder_aug_imagenet (RandAugment twice)": lambda: load(byol),
+                "byol_harder_aug_imagenet, which does more": lambda: load(byol),
                 "simsiam_imagenet": lambda: load(simsiam),
             },
             options,

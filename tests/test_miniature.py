@@ -62,15 +62,21 @@ def test_a_run_is_kept_when_its_linear_accuracy_is_there(
     assert not campaign.is_finished(folder)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": 10, "linear": 50.0}) + "\n")
-    settings = {"config": {"data_root": "/home/someone/data", "run_dir": str(folder), "seed": 0}}
-    (folder / "config.json").write_text(json.dumps(settings))
+    flags = {**campaign.RECIPE, **run.flags}
+    settings = {name.replace("-", "_"): value for name, value in flags.items()}
+    paths = {"data_root": "/home/someone/data", "run_dir": str(folder)}
+    (folder / "config.json").write_text(json.dumps({"config": {**settings, **paths}}))
     assert campaign.is_finished(folder)
+    assert not campaign.is_kept(run)
     campaign.keep(run)
+    assert campaign.is_kept(run)
     kept = tmp_path / "results" / run.name
     assert (kept / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
     assert json.loads((kept / "config.json").read_text()) == {
-        "config": {"data_root": "data", "run_dir": run.name, "seed": 0}
+        "config": {**settings, "data_root": "data", "run_dir": run.name}
     }
+    monkeypatch.setitem(campaign.RECIPE, "epochs", 20)  # another recipe's results do not count
+    assert not campaign.is_kept(run)
 
 
 def test_tables_are_means_over_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

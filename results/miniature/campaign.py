@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 import tyro
 
 from common.distributed import Ranks
@@ -122,23 +123,34 @@ def is_finished(folder: Path) -> bool:
     return any("linear" in json.loads(line) for line in metrics.read_text().splitlines())
 
 
+def is_kept(run: Run) -> bool:
+    """Whether a finished run's logs lie in the results already, of the recipe as it stands."""
+    folder = RESULTS / run.name
+    if not is_finished(folder):
+        return False
+    kept = json.loads((folder / "config.json").read_text())["config"]
+    wanted = {**RECIPE, **run.flags}
+    return all(kept[name.replace("-", "_")] == value for name, value in wanted.items())
+
+
 def keep(run: Run) -> None:
     """Copy a finished run's settings and metrics; paths of this machine are left out."""
     folder = RESULTS / run.name
     folder.mkdir(exist_ok=True)
-    shutil.copy(RUNS / run.name / "metrics.jsonl", folder)
     settings = json.loads((RUNS / run.name / "config.json").read_text())
     for name in ("data_root", "run_dir"):
         settings["config"][name] = Path(settings["config"][name]).name
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    # Last, since it says that the run is finished.
+    shutil.copy(RUNS / run.name / "metrics.jsonl", folder)
 
 
 def main(config: Config) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     runs = list(plan())
-    waiting = [run for run in runs if not is_finished(RESULTS / run.name)]
+    waiting = [run for run in runs if not is_kept(run)]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
-    stop = StopFlag(Ranks(0, 1, None))
+    stop = StopFlag(Ranks(0, 1, torch.device("cpu")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     working: dict[subprocess.Popen, Run] = {}
     failed = []

@@ -19,9 +19,9 @@ COLOURS = {"baseline": "tab:gray", "joint": "tab:red", "dssl": "tab:blue"}
 Rows = list[dict[str, float]]
 
 
-def read(name: str) -> list[Rows]:
-    """The metrics of every finished seed of a configuration."""
-    paths = sorted(FOLDER.glob(f"{name}-seed*/metrics.jsonl"))
+def read(name: str, seed: str = "*") -> list[Rows]:
+    """The metrics of a configuration's finished seeds, or of one."""
+    paths = sorted(FOLDER.glob(f"{name}-seed{seed}/metrics.jsonl"))
     return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
 
 
@@ -35,7 +35,7 @@ def at_half(rows: Rows) -> float:
     return knn[max(knn) // 2]
 
 
-def spread_of(values: list[float]) -> str:
+def summary(values: list[float]) -> str:
     """Mean ± standard deviation over the seeds, and how many they are."""
     if not values:
         return ""
@@ -45,7 +45,7 @@ def spread_of(values: list[float]) -> str:
 
 
 def cells(names: list[str], key: str) -> str:
-    return " | ".join(spread_of([last(rows, key) for rows in read(name)]) for name in names)
+    return " | ".join(summary([last(rows, key) for rows in read(name)]) for name in names)
 
 
 def tables() -> str:
@@ -54,11 +54,11 @@ def tables() -> str:
         names = [f"{method}-{regime}" for method in METHODS]
         lines.append(f"| {regime} | {cells(names, 'knn')} |")
     halves = " | ".join(
-        spread_of([at_half(rows) for rows in read(f"{method}-dssl")]) for method in METHODS
+        summary([at_half(rows) for rows in read(f"{method}-dssl")]) for method in METHODS
     )
     lines.append(f"| dssl after half its epochs (the cost of a whole baseline) | {halves} |")
     untrained = " | ".join(
-        spread_of([rows[0]["knn"] for rows in read(f"{method}-baseline")]) for method in METHODS
+        summary([rows[0]["knn"] for rows in read(f"{method}-baseline")]) for method in METHODS
     )
     lines.append(f"| untrained | {untrained} |")
     for key, title in (("linear", "linear %"), ("spread", "`spread` in the last epoch")):
@@ -84,9 +84,8 @@ def tables() -> str:
     lines += ["", "| kNN %, seed 0 | 30 px, as in the paper | in proportion |", "|---|---|---|"]
     for method in ("simclr", "simsiam"):
         for regime in ("joint", "dssl"):
-            absolute = read(f"{method}-{regime}")[:1]
-            relative = read(f"{method}-relative-{regime}")[:1]
-            pair = [f"{last(rows, 'knn'):.1f}" for runs in (absolute, relative) for rows in runs]
+            names = [f"{method}-{regime}", f"{method}-relative-{regime}"]
+            pair = [f"{last(rows, 'knn'):.1f}" for name in names for rows in read(name, "0")]
             if len(pair) == 2:
                 lines.append(f"| {METHODS[method]}, {regime} | {pair[0]} | {pair[1]} |")
     return "\n".join(lines) + "\n"
