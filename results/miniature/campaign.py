@@ -60,7 +60,7 @@ class Config:
     dataset: Literal["cifar10", "folder"] = "cifar10"  # a folder holds train/<class>, val/<class>
     data_root: str = str(REPOSITORY / "data")  # where CIFAR-10 lies or is put; the folder
     jobs: int = 2  # runs at a time, of one thread each
-    device: str = "cpu"
+    device: str = "cpu"  # of every run
 
 
 class Run(NamedTuple):
