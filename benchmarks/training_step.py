@@ -24,13 +24,14 @@ from byol_cifar10.model import online_network
 from common.dssl import loss_parts
 from common.ema import make_target, update
 from common.memory import keep_freed_memory
-from common.precision import Precision, autocast, has_native_bf16
+from common.precision import autocast, has_native_bf16
 from common.views import Views
 from contest import Options, compare
 from simsiam_cifar10.model import SimSiam
 
 CPU = torch.device("cpu")
 Step = Callable[[Views], float]
+PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def optimiser(network: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(network.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
 
 
-def simsiam_as_the_authors(network: nn.Module, reverse_weight: float = 0.1) -> Step:
-    sgd, pull, s = optimiser(network), simsiam_cifar10.loss.pull, reverse_weight
+def simsiam_as_the_authors(network: nn.Module) -> Step:
+    sgd, pull, s = optimiser(network), simsiam_cifar10.loss.pull, 0.1
 
     def step(views: Views) -> float:
         (p_1, z_1), (p_2, z_2), (p_3, z_3), (p_4, z_4) = (network(view) for view in views)
@@ -58,26 +59,6 @@ def simsiam_as_the_authors(network: nn.Module, reverse_weight: float = 0.1) -> S
         loss.backward()
         sgd.step()
         return loss.item()
-
-    return step
-
-
-def simsiam(network: nn.Module, precision: Precision = "auto") -> Step:
-    network = network.to(memory_format=torch.channels_last)
-    sgd = optimiser(network)
-
-    def forward(view: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(precision, CPU):
-            return network(view.contiguous(memory_format=torch.channels_last))
-
-    def step(views: Views) -> float:
-        loss = 0.0
-        sgd.zero_grad()
-        for part in loss_parts(network, forward, views, "dssl", simsiam_cifar10.loss.pull, 0.1):
-            part.loss.backward()
-            loss += part.loss.item()
-        sgd.step()
-        return loss
 
     return step
 
@@ -102,28 +83,32 @@ def byol_as_the_authors(network: nn.Module) -> Step:
     return step
 
 
-def byol(network: nn.Module, precision: Precision = "auto") -> Step:
+def ours(network: nn.Module, pull: PairLoss, reverse_weight: float, has_target: bool) -> Step:
     network = network.to(memory_format=torch.channels_last)
-    sgd, target_network = optimiser(network), make_target(network)
+    target_network = make_target(network) if has_target else None
+    sgd = optimiser(network)
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(precision, CPU):
+        with autocast("auto", CPU):
             return network(view.contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
     def target(view: Tensor, z: Tensor) -> Tensor:
-        with autocast(precision, CPU):
+        if target_network is None:
+            return z
+        with autocast("auto", CPU):
             return target_network.project(view.contiguous(memory_format=torch.channels_last))
 
     def step(views: Views) -> float:
         loss = 0.0
         sgd.zero_grad()
-        parts = loss_parts(network, forward, views, "dssl", byol_cifar10.loss.pull, target=target)
+        parts = loss_parts(network, forward, views, "dssl", pull, reverse_weight, target)
         for part in parts:
             part.loss.backward()
             loss += part.loss.item()
         sgd.step()
-        update(target_network, network, 0.99)
+        if target_network is not None:
+            update(target_network, network, 0.99)
         return loss
 
     return step
@@ -145,10 +130,18 @@ def main(options: StepOptions) -> None:
     generator = torch.Generator().manual_seed(0)
     size = (options.batch_size, 3, 32, 32)
     views = Views(*(torch.randn(size, generator=generator) for _ in range(4)))
-    ours = "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)"
+    name_of_ours = "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)"
     contests = {
-        "simsiam_cifar10": (simsiam_network, simsiam_as_the_authors, simsiam),
-        "byol_cifar10": (byol_network, byol_as_the_authors, byol),
+        "simsiam_cifar10": (
+            simsiam_network,
+            simsiam_as_the_authors,
+            partial(ours, pull=simsiam_cifar10.loss.pull, reverse_weight=0.1, has_target=False),
+        ),
+        "byol_cifar10": (
+            byol_network,
+            byol_as_the_authors,
+            partial(ours, pull=byol_cifar10.loss.pull, reverse_weight=0.0, has_target=True),
+        ),
     }
     for name, (network, as_the_authors, as_we) in contests.items():
         theirs = as_the_authors(network(options.width))
@@ -161,7 +154,7 @@ def main(options: StepOptions) -> None:
             continue
         contestants = {
             "as the authors: fp32, contiguous, one backward": partial(theirs, views),
-            ours: partial(mine, views),
+            name_of_ours: partial(mine, views),
         }
         row = f"a step of {name}, dssl, width {options.width}, batch {options.batch_size}"
         compare(row, contestants, options, items=options.batch_size)
