@@ -1,0 +1,46 @@
+"""kNN accuracy of CIFAR-10's raw pixels: the floor that a trained network has to clear.
+
+    python results/miniature/raw_pixels.py
+    python results/miniature/raw_pixels.py --dataset folder --data-root DIR
+
+The search is that of every run (k = 200, the whole training set, cosine similarity), on the pixels
+as stored, 0..255, and less the data set's mean colour, as the networks take them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+
+from common.cifar10 import IMAGE_SIZE, centre_view, normalised
+from common.datasets import load_images
+from common.distributed import Ranks
+from common.errors import require, run_script
+from common.knn import knn_predict
+from common.run_log import REPOSITORY
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: Literal["cifar10", "folder"] = "cifar10"  # a folder holds train/<class>, val/<class>
+    data_root: str = str(REPOSITORY / "data")  # where CIFAR-10 lies or is put; the folder
+
+
+def main(config: Config) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    train, test = load_images(config.dataset, config.data_root, IMAGE_SIZE, 0, False, 1, ranks)
+    require(test is not None, "--data-root: a folder needs labels and a val/ folder")
+    for name, as_features in (("as stored", torch.Tensor.float), ("centred", normalised)):
+        # The evaluation's view, so that pixels and networks see the same.
+        views = (as_features(centre_view(images.images)) for images in (train, test))
+        bank, queries = (view.flatten(1) for view in views)
+        predictions = knn_predict(queries, bank, train.labels, len(train.class_names))
+        accuracy = 100 * (predictions == test.labels).float().mean().item()
+        print(f"raw pixels, {name}: kNN {accuracy:.1f} %")
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Config, description=__doc__))
