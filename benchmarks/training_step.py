@@ -1,16 +1,19 @@
 """One training step of simsiam_cifar10 and of byol_cifar10, dssl, ResNet-18 at 32 px.
 
     python benchmarks/training_step.py
-    python benchmarks/training_step.py --curves    # both's losses over 200 steps instead
+    python benchmarks/training_step.py --curves --batch-size 32 --width 16    # losses of 200 steps
 
 The yardstick is a step as the authors' scripts make it: float32 in contiguous memory, all passes,
 then one backward; for BYOL the targets are computed twice. Ours is what `run.py` does: channels
 last, each part backward at once, targets once, bf16 where the processor multiplies it.
+
+`--curves` trains simsiam_cifar10 on views of shapes and prints each step's loss for the yardstick,
+for ours in float32 and for ours in bf16, which a processor without it emulates slowly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,11 +24,15 @@ from torch import Tensor, nn
 import byol_cifar10.loss
 import simsiam_cifar10.loss
 from byol_cifar10.model import online_network
+from common.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
 from common.dssl import loss_parts
 from common.ema import make_target, update
 from common.memory import keep_freed_memory
-from common.precision import autocast, has_native_bf16
-from common.views import Views
+from common.precision import Precision, autocast, has_native_bf16
+from common.randaugment import RandAugment
+from common.seeding import generator_for
+from common.shapes import shapes
+from common.views import ViewMaker, Views
 from contest import Options, compare
 from simsiam_cifar10.model import SimSiam
 
@@ -40,7 +47,7 @@ class StepOptions(Options):
     batch_size: int = 128
     threads: int = 2
     width: int = 64  # channels of the first stage
-    curves: bool = False  # print the losses of 200 steps by both instead
+    curves: bool = False  # print the losses of 200 steps instead
 
 
 def optimiser(network: nn.Module) -> torch.optim.SGD:
@@ -83,20 +90,26 @@ def byol_as_the_authors(network: nn.Module) -> Step:
     return step
 
 
-def ours(network: nn.Module, pull: PairLoss, reverse_weight: float, has_target: bool) -> Step:
+def ours(
+    network: nn.Module,
+    pull: PairLoss,
+    reverse_weight: float,
+    has_target: bool,
+    precision: Precision = "auto",
+) -> Step:
     network = network.to(memory_format=torch.channels_last)
     target_network = make_target(network) if has_target else None
     sgd = optimiser(network)
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast("auto", CPU):
+        with autocast(precision, CPU):
             return network(view.contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
     def target(view: Tensor, z: Tensor) -> Tensor:
         if target_network is None:
             return z
-        with autocast("auto", CPU):
+        with autocast(precision, CPU):
             return target_network.project(view.contiguous(memory_format=torch.channels_last))
 
     def step(views: Views) -> float:
@@ -127,6 +140,9 @@ def byol_network(width: int) -> nn.Module:
 def main(options: StepOptions) -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as every run on a CPU does
+    if options.curves:
+        print_curves(options)
+        return
     generator = torch.Generator().manual_seed(0)
     size = (options.batch_size, 3, 32, 32)
     views = Views(*(torch.randn(size, generator=generator) for _ in range(4)))
@@ -145,19 +161,32 @@ def main(options: StepOptions) -> None:
     }
     for name, (network, as_the_authors, as_we) in contests.items():
         theirs = as_the_authors(network(options.width))
-        mine = as_we(network(options.width))
-        if options.curves:
-            print(f"{name}: step, loss as the authors, ours")
-            for step in range(200):
-                views = Views(*(torch.randn(size, generator=generator) for _ in range(4)))
-                print(f"{step} {theirs(views):.5f} {mine(views):.5f}", flush=True)
-            continue
         contestants = {
             "as the authors: fp32, contiguous, one backward": partial(theirs, views),
-            name_of_ours: partial(mine, views),
+            name_of_ours: partial(as_we(network(options.width)), views),
         }
         row = f"a step of {name}, dssl, width {options.width}, batch {options.batch_size}"
         compare(row, contestants, options, items=options.batch_size)
+
+
+def print_curves(options: StepOptions) -> None:
+    """simsiam_cifar10's losses over 200 steps, on the same views, by the three."""
+    pull = simsiam_cifar10.loss.pull
+    contestants = [simsiam_as_the_authors(simsiam_network(options.width))]
+    for precision in ("fp32", "bf16"):
+        contestants.append(ours(simsiam_network(options.width), pull, 0.1, False, precision))
+    print("simsiam_cifar10: step, loss as the authors, ours in fp32, ours in bf16")
+    for step, views in enumerate(views_of_shapes(200, options.batch_size)):
+        print(step, *(f"{contestant(views):.5f}" for contestant in contestants), flush=True)
+
+
+def views_of_shapes(steps: int, batch_size: int) -> Iterator[Views]:
+    """Normalised views `[batch_size, 3, 32, 32]` of the data set "shapes", anew each step."""
+    images, _ = shapes(steps * batch_size, IMAGE_SIZE, seed=0)
+    maker = ViewMaker(standard_augmentation(), RandAugment(2, 9), "dssl")
+    for step, batch in enumerate(images.split(batch_size)):
+        draws = maker.draw(batch_size, (IMAGE_SIZE, IMAGE_SIZE), generator_for("views", 0, step))
+        yield Views(*(normalised(view).contiguous() for view in maker.make(batch, draws)))
 
 
 if __name__ == "__main__":
