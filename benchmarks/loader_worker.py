@@ -19,10 +19,10 @@ from PIL import Image
 import byol_harder_aug_imagenet.augmentation
 import contestants
 from common.datasets import list_images
+from common.imagenet import CROP_SCALE
 from common.memory import keep_freed_memory
 from common.photographs import RandomCrops, stack
 from contest import Options, compare
-from simsiam_imagenet.augmentation import CROP_SCALE
 
 COUNT, SIZE = 64, 224
 

@@ -9,13 +9,13 @@ import torch
 import tyro
 
 import contestants
-from common.image_ops import normalise
+from common.imagenet import CROP_SCALE, normalised, standard_augmentation
 from common.memory import keep_freed_memory
 from common.photographs import RandomCrops, stack
 from common.seeding import generator_for
 from common.views import ViewMaker
 from contest import Options, compare
-from simsiam_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
+from simsiam_imagenet.augmentation import heavy_augmentation
 
 BATCH, SIZE = 64, 224
 
@@ -33,7 +33,7 @@ def main(options: Options) -> None:
         (first, second), _ = stack([crops[0, index] for index in range(BATCH)])
         draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
         for view in maker.make(first.contiguous(), draws, second.contiguous()):
-            normalise(view, contestants.MEAN, contestants.STD)
+            normalised(view)
 
     compare(
         "four views at 224 px from 500 × 375, one core",

@@ -1,4 +1,4 @@
-"""The views of byol_harder_aug_imagenet: workers cut the crops, the rest is batched.
+"""What byol_harder_aug_imagenet adds to the standard view T of `common/imagenet.py`.
 
 T begins with RandAugment on the whole photograph, before the crop, so that stands in the workers.
 """
@@ -6,25 +6,14 @@ T begins with RandAugment on the whole photograph, before the crop, so that stan
 from __future__ import annotations
 
 from common.image_ops import Augmentation, Chain, ColorJitter, RandomGrey, RandomResizedCropFlip
-from common.photo_ops import GaussianBlur, GridShuffle, RandomApply, RandomFlip
+from common.imagenet import CROP_SCALE
+from common.photo_ops import GaussianBlur, GridShuffle, RandomApply
 from common.randaugment import RandAugment
-
-CROP_SCALE = (0.2, 1.0)  # area of a standard view's crop, as a share of the photograph's
 
 
 def whole_augmentation(num_ops: int, magnitude: int) -> Augmentation | None:
     """T's first part, on the whole photograph: RandAugment(N, M); none for N = 0."""
     return RandAugment(num_ops, magnitude) if num_ops else None
-
-
-def standard_augmentation() -> Augmentation:
-    """T on a crop: flip, colour jitter, grey, blur."""
-    return Chain(
-        RandomFlip(),
-        ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
-        RandomGrey(probability=0.2),
-        GaussianBlur(sigma=(0.1, 2.0), probability=0.5),
-    )
 
 
 def heavy_augmentation(

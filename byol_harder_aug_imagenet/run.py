@@ -17,6 +17,7 @@ evaluation by test_runner.py, top-1, the paper's numbers: baseline 67.8, joint 6
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +27,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from byol_harder_aug_imagenet.augmentation import (
-    CROP_SCALE,
-    heavy_augmentation,
-    standard_augmentation,
-    whole_augmentation,
-)
+from byol_harder_aug_imagenet.augmentation import heavy_augmentation, whole_augmentation
 from byol_harder_aug_imagenet.loss import pull
 from byol_harder_aug_imagenet.model import online_network
 from common import distributed
@@ -39,7 +35,7 @@ from common.distributed import unwrap
 from common.dssl import loss_parts
 from common.ema import make_target, update
 from common.errors import StopRequested, require, run_script
-from common.image_ops import normalise
+from common.imagenet import CROP_SCALE, normalised, standard_augmentation
 from common.meter import Meter, require_finite
 from common.photographs import CropLoader, Loading, RandomCrops, find_photographs
 from common.picture import picture_views
@@ -51,8 +47,6 @@ from common.schedule import cosine
 from common.seeding import generator_for
 from common.stop import StopFlag
 from common.views import Regime, ViewMaker
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Config:
     projector_dim: int = 256  # d, of z and p
     ema_decay: float = 0.99  # of the target network's parameters, after each step
     # optimisation
-    epochs: int = 100
+    epochs: int = 100  # of the whole schedule
     batch_size: int = 512  # global, over all processes
     lr: float = 0.1  # whatever the batch; cosine, no warm-up
     momentum: float = 0.9  # of SGD
@@ -94,8 +88,10 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse settings that make no sense, before anything is loaded or moved."""
-    for name in ("max_steps", "seed"):
-        require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} is 0 or more")
+    for name, least in (("epochs", 1), ("prefetch", 1), ("max_steps", 0), ("seed", 0)):
+        given = getattr(config, name)
+        require(given >= least, f"--{name.replace('_', '-')} is {least} or more, not {given}")
+    require(0 <= config.lr < math.inf, f"--lr is finite, 0 or more, not {config.lr}")
     require(0 <= config.ema_decay <= 1, "--ema-decay lies in 0..1")
 
 
@@ -142,12 +138,12 @@ def main(config: Config) -> None:
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(config.precision, device):
-            return model(normalise(view, MEAN, STD))
+            return model(normalised(view))
 
     @torch.no_grad()
     def target(view: Tensor, z: Tensor) -> Tensor:
         with autocast(config.precision, device):
-            return target_network.project(normalise(view, MEAN, STD))  # ξ
+            return target_network.project(normalised(view))  # ξ
 
     # ---------------------------------------------------------------- optimiser
     optimiser = torch.optim.SGD(
@@ -189,7 +185,7 @@ def main(config: Config) -> None:
     if saved is None and ranks.is_main:
         log.picture(picture_views(*crops.examples(view_maker)))
     stop = StopFlag(ranks)
-    bar = Bar(last_step, (progress.epoch - 1) * steps_per_epoch + progress.step, ranks)
+    bar = Bar(last_step, progress.steps(steps_per_epoch), ranks)
     try:
         for epoch in range(progress.epoch, last_epoch + 1):
             lr = cosine(epoch - 1, config.epochs, config.lr)

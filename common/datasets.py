@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from common.distributed import Ranks
+from common.distributed import Ranks, usable_cores
 from common.errors import UserError
 from common.shapes import CLASS_NAMES, shapes
 
@@ -24,6 +24,7 @@ Dataset = Literal["cifar10", "folder", "shapes"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+LEAVE_OUT = "or leave such files out with --skip-broken"
 SHAPES_TRAIN, SHAPES_TEST = 6000, 1000
 
 
@@ -216,14 +217,13 @@ def _decode(
         except BROKEN as error:
             if not skip_broken:
                 raise UserError(
-                    f"{files[index]} cannot be decoded ({error}); mend or remove it, or leave "
-                    "such files out with --skip-broken"
+                    f"{files[index]} cannot be decoded ({error}); mend or remove it, {LEAVE_OUT}"
                 ) from error
             broken.append(index)
         else:
             images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         done = pool.map(read, range(len(files)))
         try:
             for _ in tqdm(done, "decoding", len(files), unit="image", disable=not ranks.is_main):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -89,6 +90,12 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def agree(self, state: object) -> bool:
+        """Whether `repr(state)` is the same on every rank; all ranks wait for each other."""
+        own = zlib.crc32(repr(state).encode())
+        everyones = self.join(torch.tensor([[own]], device=self.device))
+        return bool((everyones == own).all())
+
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """Rows rank, rank + world_size, … of a set of `count`, from every rank, joined in order."""
         if self.world_size == 1:
@@ -154,7 +161,7 @@ def start(device: str) -> Ranks:
         torch.cuda.set_device(chosen)
     if chosen.type == "cpu":
         keep_freed_memory()
-    if "WORLD_SIZE" not in os.environ or world_size == 1:
+    if world_size == 1:
         return Ranks(0, 1, chosen)
     if chosen.type == "mps":
         raise UserError("MPS trains in one process only; start without torchrun, or --device cpu")
@@ -173,6 +180,13 @@ def use_every_gpu(device: str) -> None:
     if torch.cuda.device_count() > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has, in a job that was given some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def finish() -> None:

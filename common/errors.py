@@ -25,10 +25,15 @@ class StopRequested(Exception):  # noqa: N818 (a wish, not an error)
 
     Args:
         exit_status: that the process should end with.
+        message: what the user is told.
     """
 
-    def __init__(self, exit_status: int) -> None:
-        super().__init__(exit_status)
+    def __init__(
+        self,
+        exit_status: int,
+        message: str = "Stopped, with a checkpoint: the same command continues the run.",
+    ) -> None:
+        super().__init__(message)
         self.exit_status = exit_status
 
 
@@ -40,8 +45,7 @@ def run_script(main: Callable[[ConfigType], None], config: ConfigType) -> None:
         sys.exit(f"error: {error}")
     except StopRequested as stop:
         if os.environ.get("RANK", "0") == "0":
-            message = "Stopped, with a checkpoint: the same command continues the run."
-            print(message, file=sys.stderr)
+            print(stop, file=sys.stderr)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

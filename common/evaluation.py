@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from common.checkpoint import Checkpoints
 from common.cifar10 import centre_view, normalised, probe_augmentation
 from common.datasets import ImageSet
+from common.errors import UserError
 from common.knn import knn_accuracy
 from common.linear_probe import LinearProtocol, linear_accuracy
 from common.precision import Precision, autocast
@@ -121,5 +122,9 @@ class Evaluation:
             self.log.write(last_epoch, {"linear": accuracy})
             self.progress.linear = done
             if self.progress.epoch > last_epoch:
-                save(must=True)
+                try:
+                    save(must=True)
+                except UserError:  # a full disk takes the row with it: here it stands at least
+                    self.log.tell(f"linear accuracy  {accuracy:.2f} %")
+                    raise
         return accuracy

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ from common import distributed
 from common.checkpoint import Checkpoints, read_checkpoint
 from common.distributed import Ranks
 from common.errors import StopRequested, UserError, require
-from common.image_ops import Draws, normalise
+from common.image_ops import Draws
+from common.imagenet import normalised
 from common.knn import knn_predict
 from common.larc import LARC
 from common.linear_probe import (
@@ -47,7 +50,6 @@ from common.schedule import cosine
 from common.seeding import generator_for
 from common.stop import StopFlag
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_SCALE = (0.08, 1.0)  # area of a training crop, as a share of the photograph's
 EVALUATION_BATCH = 256  # photographs at a time on each rank
 
@@ -69,7 +71,7 @@ class Config:
     base_lr: float = 0.1  # for a batch of 256; scales with the batch
     sweep: tuple[float, ...] = ()  # several base_lr at once, a table; implies --cache-features
     momentum: float = 0.9  # of SGD
-    cache_features: bool = False  # centre crops' features once, in memory: seconds, but no crops
+    cache_features: bool = False  # train on centre crops' features, extracted once into memory
     knn: bool = False  # weighted kNN too, on the features of centre crops; --epochs 0: only that
     # run
     seed: int = 0  # of the classifier, order and crops
@@ -83,8 +85,8 @@ def main(config: Config) -> None:
     require(config.seed >= 0, "--seed is 0 or more")
     require(config.epochs >= 1 or config.knn, "--epochs is 1 or more, or 0 with --knn")
     require(
-        all(0 <= base_lr < math.inf for base_lr in config.sweep),
-        "--sweep takes base learning rates, finite and 0 or more",
+        all(0 <= base_lr < math.inf for base_lr in (config.base_lr, *config.sweep)),
+        "--base-lr and --sweep take base learning rates, finite and 0 or more",
     )
     require(config.epochs >= 1 or not config.sweep, "--sweep needs --epochs of 1 or more")
     if config.sweep:
@@ -109,14 +111,15 @@ def main(config: Config) -> None:
     train = find_photographs(*data, config.batch_size, "train")
     test = find_photographs(*data, 1, "val")
     require(
-        bool(train.class_names) and set(test.class_names) <= set(train.class_names),
+        bool(train.class_names and test.class_names)
+        and set(test.class_names) <= set(train.class_names),
         f"{config.data_root} needs train/<class>/* and val/<class>/* of the same classes",
     )
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
         with autocast(config.precision, device):
-            return backbone(normalise(images, MEAN, STD)).float()
+            return backbone(normalised(images)).float()
 
     stop = StopFlag(ranks)
     train_labels = torch.tensor(train.labels, device=device)
@@ -135,7 +138,8 @@ def main(config: Config) -> None:
             (images,), _ = unpack(batch)
             features.append(encode(images.to(device, non_blocking=True)))
             if stop.requested:
-                raise StopRequested(stop.exit_status)
+                again = "Stopped while features were extracted: the same command does it anew."
+                raise StopRequested(stop.exit_status, again)
         return torch.cat(features)
 
     test_features = features_of(test.photographs)
@@ -183,8 +187,7 @@ def main(config: Config) -> None:
         if not torch.equal(value, before[name]):
             raise RuntimeError(f"the frozen backbone's {name} changed")
     if ranks.is_main:
-        with (folder / "linear.jsonl").open("a") as file:
-            file.write(json.dumps({**result, "config": asdict(config)}) + "\n")
+        # First on the screen: the disk may have filled up meanwhile.
         if config.sweep:
             print(sweep_table(result["sweep"]))
         elif config.epochs:
@@ -192,6 +195,13 @@ def main(config: Config) -> None:
         if config.knn:
             print(f"kNN accuracy     {result['knn']:.2f} %")
         print(f"  of {len(test_labels)} photographs; the backbone is unchanged, bit for bit")
+        try:
+            with (folder / "linear.jsonl").open("a") as file:
+                file.write(json.dumps({**result, "config": asdict(config)}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{folder / 'linear.jsonl'} cannot be written ({error}); note the result above"
+            ) from error
         print(f"  written to {folder / 'linear.jsonl'}")
     distributed.finish()
 
@@ -306,17 +316,26 @@ def cropped_batches(
     crops = RandomCrops(
         photographs, 1, config.image_size, CROP_SCALE, config.seed, config.skip_broken
     )
-    loader = CropLoader(crops, config.batch_size, config.seed, Loading(config.workers), ranks)
+    # Thousands at once would fill a GPU, and a worker would need seconds for them.
+    at_once = EVALUATION_BATCH
+    loader = CropLoader(
+        crops, config.batch_size, config.seed, Loading(config.workers), ranks, at_once
+    )
     steps = steps_of(len(photographs), config, ranks)
     flip, size = RandomFlip(), (config.image_size, config.image_size)
 
     def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for step, (images,), indices in loader.epoch(epoch, first_step, steps):
-            count = len(indices) * ranks.world_size
+        loaded = loader.epoch(epoch, first_step, steps)
+        for step, pieces in itertools.groupby(loaded, key=itemgetter(0)):
+            count = loader.batches.count(step)
             generator = generator_for("linear", config.seed, epoch, step)
-            draws = flip.draw(count, size, generator)[ranks.share(count)]
-            images = flip.apply(images, Draws.of(draws, images.device))
-            yield step, encode(images), labels[distributed.send(indices, labels.device)]
+            draws = flip.draw(count, size, generator)[ranks.share(count)].split(at_once)
+            features, own = [], []
+            for piece, (_, (images,), indices) in zip(draws, pieces, strict=True):
+                images = flip.apply(images, Draws.of(piece, images.device))
+                features.append(encode(images))
+                own.append(indices)
+            yield step, torch.cat(features), labels[distributed.send(torch.cat(own), labels.device)]
 
     return batches
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.checkpoint import Checkpoints
 from common.datasets import ImageSet
 from common.distributed import Ranks, send, unwrap
-from common.errors import StopRequested
+from common.errors import StopRequested, UserError, require
 from common.features import accuracy, extract_features
 from common.image_ops import Augmentation, Draws
 from common.meter import Meter
@@ -121,16 +121,25 @@ def train_classifier(
     Args:
         model: the classifier or `Classifiers`, in DDP under several processes.
         rate: the optimiser's learning rate in an epoch, counted from 0.
-        identity: plain values; a checkpoint with another identity is not continued.
+        identity: plain values, among them "backbone" and "epochs"; a checkpoint with another
+            identity is not continued.
         way_out: what a user can do about a loss that is not finite.
 
     Raises:
         StopRequested: after a checkpoint, when a signal came.
-        UserError: if the loss is not finite, of several classifiers every loss.
+        UserError: if the loss is not finite, of several classifiers every loss; or if the
+            checkpoint is of this backbone, other settings and not finished.
     """
     first_epoch = first_step = 0
     state = checkpoints.load()
-    if state is not None and state["identity"] == identity:
+    require(
+        ranks.agree(state and (state["identity"], state["epoch"], state["step"])),
+        f"not every process finds the same {checkpoints.last}; put it on a file system that all "
+        "machines share",
+    )
+    if state is not None and state["identity"] != identity:
+        _require_finished(state, identity, checkpoints)
+    elif state is not None:
         unwrap(model).load_state_dict(state["classifier"])
         optimiser.load_state_dict(state["optimiser"])
         first_epoch, first_step = state["epoch"], state["step"]
@@ -170,6 +179,24 @@ def train_classifier(
         save(epoch + 1, 0)
         bar.update()
     bar.close()
+
+
+def _require_finished(
+    state: Mapping[str, Any], identity: Mapping[str, Any], checkpoints: Checkpoints
+) -> None:
+    """Refuse to overwrite an unfinished classifier of the same backbone with other settings."""
+    saved = state["identity"]
+    if saved["backbone"] != identity["backbone"] or state["epoch"] == saved["epochs"]:
+        return
+    changed = [
+        f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}"
+        for name in sorted(saved.keys() | identity.keys())
+        if saved.get(name) != identity.get(name)
+    ]
+    raise UserError(
+        f"{checkpoints.last} holds an unfinished classifier with other settings: "
+        f"{'; '.join(changed)}. Repeat its settings to continue it, or {checkpoints.way_out}"
+    )
 
 
 @dataclass(frozen=True)
@@ -243,7 +270,7 @@ def linear_accuracy(
         batches,
         rate,
         protocol.epochs,
-        identity={"stamp": stamp, **asdict(protocol)},
+        identity={"backbone": stamp, **asdict(protocol)},
         checkpoints=checkpoints,
         ranks=ranks,
         stop=stop,

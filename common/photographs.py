@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.datasets import (
     BROKEN,
+    LEAVE_OUT,
     SHAPES_TEST,
     SHAPES_TRAIN,
     decode,
@@ -27,7 +28,7 @@ from common.datasets import (
     list_images,
     require_batch,
 )
-from common.distributed import Ranks
+from common.distributed import Ranks, usable_cores
 from common.errors import UserError
 from common.image_ops import Augmentation, draw_crops
 from common.memory import keep_freed_memory
@@ -39,6 +40,23 @@ Photograph = Path | Tensor  # a file, or uint8 `[3, H, W]`
 # What is made of a photograph: crops uint8 `[3, size, size]`, or what is wrong with the file
 # (exceptions leave a worker garbled), and the photograph's index.
 Item = tuple[list[Tensor] | str, int]
+
+
+class Files(Sequence[Path]):
+    """Paths in one block of memory.
+
+    A million Python objects would be copied into every loader worker, half a gigabyte each: a
+    worker that merely looks at one changes its count of references.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.names = np.array([os.fsencode(path) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Path:
+        return Path(os.fsdecode(self.names[index]))
 
 
 class PhotographSet(NamedTuple):
@@ -65,6 +83,7 @@ def find_photographs(
     """
     if dataset == "shapes":
         count = SHAPES_TRAIN if split == "train" else SHAPES_TEST
+        require_batch(count, at_least, dataset)
         images, labels = shapes(count, image_size, 2 * seed + (split != "train"))
         return PhotographSet(list(images), labels.tolist(), CLASS_NAMES)
     root = Path(data_root)
@@ -79,7 +98,7 @@ def find_photographs(
     if not files:
         raise UserError(f"no images in {folder}")
     require_batch(len(files), at_least, str(folder))
-    return PhotographSet(files, *label_by_folder(folder, files))
+    return PhotographSet(Files(files), *label_by_folder(folder, files))
 
 
 def read(photograph: Photograph) -> Tensor:
@@ -179,8 +198,8 @@ class RandomCrops(Dataset):
             try:
                 return read(self.photographs[used]), used
             except BROKEN as error:
-                problem = f"{self.photographs[used]} cannot be decoded ({error})"
-        return problem, index
+                problem = f"{self.photographs[used]} cannot be decoded ({error}); mend or remove it"
+        return problem + ("" if self.skip_broken else f", {LEAVE_OUT}"), index
 
 
 class CentreCrops(Dataset):
@@ -201,7 +220,8 @@ class CentreCrops(Dataset):
         try:
             photograph = read(self.photographs[index])
         except BROKEN as error:
-            return f"{self.photographs[index]} cannot be decoded ({error})", index
+            problem = f"{self.photographs[index]} cannot be decoded ({error}); mend or remove it"
+            return problem, index
         shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
         height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
         view = resize(photograph, height, width)
@@ -210,26 +230,45 @@ class CentreCrops(Dataset):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """This rank's share of each batch of some steps of an epoch: keys for `RandomCrops`."""
+    """This rank's share of each batch of some steps of an epoch: keys for `RandomCrops`.
 
-    def __init__(self, count: int, batch_size: int, seed: int, ranks: Ranks) -> None:
-        self.count = count
+    Args:
+        photographs: how many there are.
+        batch_size: global.
+        at_once: a share comes in pieces of at most so many; None: whole.
+    """
+
+    def __init__(
+        self, photographs: int, batch_size: int, seed: int, ranks: Ranks, at_once: int | None
+    ) -> None:
+        self.photographs = photographs
         self.batch_size = batch_size
         self.seed = seed
         self.ranks = ranks
+        self.at_once = at_once or batch_size
         self.epoch = 0
         self.steps = range(0)
 
+    def count(self, step: int) -> int:
+        """Photographs in a step: of the last, smaller batch as many as divide among the ranks."""
+        count = min(self.batch_size, self.photographs - step * self.batch_size)
+        return count - count % self.ranks.world_size
+
+    def step_of_each(self) -> list[int]:
+        """The step that each piece belongs to."""
+        share = [self.count(step) // self.ranks.world_size for step in self.steps]
+        pieces = [-(-count // self.at_once) for count in share]
+        return [step for step, count in zip(self.steps, pieces, strict=True) for _ in range(count)]
+
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.step_of_each())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self.count, self.seed, self.epoch)
+        order = epoch_order(self.photographs, self.seed, self.epoch)
         for step in self.steps:
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            # Of an epoch's last, smaller batch as many as divide among the ranks.
-            rows = self.ranks.share(len(batch) // self.ranks.world_size * self.ranks.world_size)
-            yield [(self.epoch, index) for index in batch[rows].tolist()]
+            batch = order[step * self.batch_size :][self.ranks.share(self.count(step))]
+            for piece in batch.split(self.at_once):
+                yield [(self.epoch, index) for index in piece.tolist()]
 
 
 @dataclass(frozen=True)
@@ -254,19 +293,26 @@ class CropLoader:
         crops: what to load.
         batch_size: global.
         seed: of the order.
+        at_once: how many photographs of a rank are loaded together; None: its whole batch.
     """
 
     def __init__(
-        self, crops: RandomCrops, batch_size: int, seed: int, loading: Loading, ranks: Ranks
+        self,
+        crops: RandomCrops,
+        batch_size: int,
+        seed: int,
+        loading: Loading,
+        ranks: Ranks,
+        at_once: int | None = None,
     ) -> None:
         self.ranks = ranks
-        self.batches = EpochBatches(len(crops), batch_size, seed, ranks)
+        self.batches = EpochBatches(len(crops), batch_size, seed, ranks, at_once)
         self.loader = load(crops, loading, ranks, batch_sampler=self.batches)
 
     def epoch(
         self, epoch: int, first_step: int, steps: int
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (step, crops, indices) for the steps first_step..steps − 1.
+        """Yield (step, crops, indices) for the steps first_step..steps − 1, piece by piece.
 
         Crops are uint8 `[count, B, 3, size, size]` on the device; indices, of the photographs they
         are from, int64 `[B]` on the CPU.
@@ -275,7 +321,7 @@ class CropLoader:
             UserError: if a file cannot be decoded.
         """
         self.batches.epoch, self.batches.steps = epoch, range(first_step, steps)
-        for step, batch in zip(self.batches.steps, self.loader, strict=True):
+        for step, batch in zip(self.batches.step_of_each(), self.loader, strict=True):
             crops, indices = unpack(batch)
             crops = crops.to(self.ranks.device, non_blocking=True)
             # Workers leave channels last, as decoded; what follows wants them apart.
@@ -290,7 +336,7 @@ def load(dataset: Dataset, loading: Loading, ranks: Ranks, **batching: Any) -> D
     """
     workers = loading.workers
     if workers < 0:
-        workers = max(1, (os.cpu_count() or 1) // ranks.per_machine)
+        workers = max(1, usable_cores() // ranks.per_machine)
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -311,7 +357,7 @@ def unpack(batch: tuple[Tensor | str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     crops, indices = batch
     if isinstance(crops, str):
-        raise UserError(f"{crops}; mend or remove it, or leave such files out with --skip-broken")
+        raise UserError(crops)
     return crops, indices
 
 

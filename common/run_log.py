@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.checkpoint import Checkpoints, write_whole
 from common.collapse import COLLAPSED_BELOW
 from common.distributed import Ranks
-from common.errors import UserError
+from common.errors import UserError, require
 from common.progress import Progress
 
 try:
@@ -129,6 +129,11 @@ class RunLog:
         if self.fresh:
             return None
         state = self.checkpoints.load()
+        require(
+            self.ranks.agree(state and (state.get("progress"), state.get("metrics_bytes"))),
+            f"not every process finds the same checkpoint in {self.folder}; put --run-dir on a "
+            "file system that all machines share",
+        )
         if state is None:
             for name in ("best.pt", "backbone.pt"):
                 if (self.folder / name).exists():

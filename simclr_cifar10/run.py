@@ -19,6 +19,7 @@ baseline 91.5, joint 92.2, dssl 93.2. None of them was measured with this code.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -95,6 +96,8 @@ def check(config: Config) -> None:
     for name in ("knn_every", "linear_epochs", "max_steps", "seed"):
         require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} is 0 or more")
     require(config.temperature > 0, "--temperature lies above 0")
+    require(0 <= config.base_lr < math.inf, f"--base-lr is finite, 0 or more, not {config.base_lr}")
+    require(config.epochs >= 2, "--epochs is 2 or more: in the last one the learning rate is 0")
     require(
         0 <= config.warmup_epochs < config.epochs,
         f"--warmup-epochs {config.warmup_epochs} must lie below --epochs {config.epochs}",

@@ -15,6 +15,7 @@ baseline 92.1, joint collapses, dssl 94.5. README.md says what was measured with
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def check(config: Config) -> None:
     for name in ("knn_every", "linear_epochs", "max_steps", "seed"):
         require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} is 0 or more")
     require(0 <= config.reverse_weight <= 1, "--reverse-weight lies in 0..1")
+    require(0 <= config.base_lr < math.inf, f"--base-lr is finite, 0 or more, not {config.base_lr}")
+    require(config.epochs >= 2, "--epochs is 2 or more: in the last one the learning rate is 0")
     require(
         0 <= config.warmup_epochs < config.epochs,
         f"--warmup-epochs {config.warmup_epochs} must lie below --epochs {config.epochs}",

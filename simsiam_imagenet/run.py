@@ -15,6 +15,7 @@ numbers: baseline 67.4, joint collapses, dssl 68.6. README.md says what was meas
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from common import distributed
 from common.distributed import unwrap
 from common.dssl import loss_parts
 from common.errors import StopRequested, require, run_script
-from common.image_ops import normalise
+from common.imagenet import CROP_SCALE, normalised, standard_augmentation
 from common.meter import Meter, require_finite
 from common.photographs import CropLoader, Loading, RandomCrops, find_photographs
 from common.picture import picture_views
@@ -40,11 +41,9 @@ from common.schedule import cosine
 from common.seeding import generator_for
 from common.stop import StopFlag
 from common.views import Regime, ViewMaker
-from simsiam_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
+from simsiam_imagenet.augmentation import heavy_augmentation
 from simsiam_imagenet.loss import pull
 from simsiam_imagenet.model import SimSiam
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Config:
     # loss
     reverse_weight: float = 0.0  # s, 0..1: softens the direction; dssl only
     # optimisation
-    epochs: int = 100
+    epochs: int = 100  # of the whole schedule
     batch_size: int = 512  # global, over all processes
     lr: float = 0.1  # whatever the batch; cosine, no warm-up
     momentum: float = 0.9  # of SGD
@@ -85,8 +84,10 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse settings that make no sense, before anything is loaded or moved."""
-    for name in ("max_steps", "seed"):
-        require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} is 0 or more")
+    for name, least in (("epochs", 1), ("prefetch", 1), ("max_steps", 0), ("seed", 0)):
+        given = getattr(config, name)
+        require(given >= least, f"--{name.replace('_', '-')} is {least} or more, not {given}")
+    require(0 <= config.lr < math.inf, f"--lr is finite, 0 or more, not {config.lr}")
     require(0 <= config.reverse_weight <= 1, "--reverse-weight lies in 0..1")
 
 
@@ -130,7 +131,7 @@ def main(config: Config) -> None:
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(config.precision, device):
-            return model(normalise(view, MEAN, STD))
+            return model(normalised(view))
 
     # ---------------------------------------------------------------- optimiser
     optimiser = torch.optim.SGD(
@@ -165,7 +166,7 @@ def main(config: Config) -> None:
     if saved is None and ranks.is_main:
         log.picture(picture_views(*crops.examples(view_maker)))
     stop = StopFlag(ranks)
-    bar = Bar(last_step, (progress.epoch - 1) * steps_per_epoch + progress.step, ranks)
+    bar = Bar(last_step, progress.steps(steps_per_epoch), ranks)
     try:
         for epoch in range(progress.epoch, last_epoch + 1):
             lr = cosine(epoch - 1, config.epochs, config.lr)

@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.features import extract_features
 from common.knn import knn_accuracy, knn_predict
 from common.meter import Meter
+from common.run_log import RunLog
 from common.views import Views
 from simclr_cifar10.loss import nt_xent
 from simclr_cifar10.loss import pull as info_nce
@@ -170,6 +171,18 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
     result["mean"] = meter.means()["loss"]
     result["requests"] = (meter.take_request("stop"), meter.take_request("checkpoint"))
     result["any"] = (ranks.any(rank == 1), ranks.any(False))
+    same, other = {"epoch": 3, "sums": {"loss": 0.1}}, {"epoch": 3 + rank}
+    only_first = None if rank else same
+    result["agree"] = [ranks.agree(state) for state in (None, same, other, only_first)]
+    # Folders of its own for each rank, as on machines without a common file system.
+    log = RunLog(folder / f"run{rank}", {}, False, ranks)
+    if ranks.is_main:
+        log.checkpoints.save({"config": {}, "metrics_bytes": 0, "progress": {"epoch": 50}})
+    result["folder"] = str(log.folder)
+    try:
+        log.load_checkpoint()
+    except UserError as error:
+        result["other checkpoints"] = str(error)
     torch.save(result, folder / f"{rank}.pt")
     distributed.finish()
 
@@ -268,6 +281,13 @@ def test_every_rank_learns_of_means_and_requests(results: list[dict]) -> None:
         assert result["mean"] == 0.5
         assert result["requests"] == (True, False)
         assert result["any"] == (True, False)
+
+
+def test_ranks_tell_whether_they_hold_the_same(results: list[dict]) -> None:
+    for rank, result in enumerate(results):
+        assert result["agree"] == [True, True, False, False]
+        assert f"the same checkpoint in {result['folder']}" in result["other checkpoints"]
+        assert result["folder"].endswith(f"run{rank}")
 
 
 def test_a_missing_device_is_a_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,15 +13,16 @@ import torch
 import torchvision
 from PIL import Image
 
+from common import linear_evaluation
 from common.distributed import Ranks
 from common.errors import UserError
-from common.image_ops import Draws, normalise
+from common.image_ops import Draws
+from common.imagenet import normalised
 from common.linear_evaluation import (
-    MEAN,
-    STD,
     Config,
     cached_batches,
     count_right,
+    cropped_batches,
     fit,
     load_backbone,
 )
@@ -99,7 +101,7 @@ def results(run_dir: Path) -> list[tuple[float, float]]:
 
 def features(backbone: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return backbone.eval()(normalise(images, MEAN, STD)).double()
+        return backbone.eval()(normalised(images)).double()
 
 
 def larc_by_hand(
@@ -238,6 +240,85 @@ def test_killed_and_continued_is_the_same(
     assert results(tmp_path)[-1] == results(whole)[0]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_batch_in_pieces_is_the_same(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = shapes(21, 40, seed=0)
+    config = Config("", image_size=SIZE, batch_size=BATCH, workers=0)
+    most = []
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        most.append(len(images))
+        return images.flatten(1).double()
+
+    def epoch(at_once: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        monkeypatch.setattr(linear_evaluation, "EVALUATION_BATCH", at_once)
+        ranks = Ranks(rank, 2, ALONE.device)
+        return list(cropped_batches(list(images), labels, encode, config, ranks)(1, 1))
+
+    whole = epoch(256)
+    assert most == [4, 2]  # a rank's half of the steps 1 and 2, of 8 and of 5 photographs
+    pieces = epoch(3)
+    assert most[2:] == [3, 1, 2]
+    assert [step for step, _, _ in pieces] == [step for step, _, _ in whole] == [1, 2]
+    for ours, theirs in zip(pieces, whole, strict=True):
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(ours[2], theirs[2])
+
+
+def test_an_unfinished_classifier_is_not_overwritten(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    unfinished = state(whole, "linear_last.pt")
+    unfinished["epoch"] = 1
+    torch.save(unfinished, tmp_path / "linear_last.pt")
+    before = (tmp_path / "linear_last.pt").read_bytes()
+    done = run(command(folder, weights, tmp_path, "--batch-size", "16", "--seed", "3"), status=1)
+    assert "error:" in done.stderr
+    assert "batch_size was 8, now 16; seed was 0, now 3" in done.stderr
+    assert "remove these to train anew" in done.stderr
+    assert (tmp_path / "linear_last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("extra", [[], ["--knn", "--epochs", "0"]])
+def test_photographs_without_classes_are_told_at_once(
+    extra: list[str], folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    (flat / "val").mkdir(parents=True)
+    (flat / "train").symlink_to(folder / "train")
+    for path in list_images(folder / "val"):
+        (flat / "val" / path.name).write_bytes(path.read_bytes())
+    done = run(command(flat, weights, tmp_path / "run", *extra), status=1)
+    assert done.stderr.strip() == (
+        f"error: {flat} needs train/<class>/* and val/<class>/* of the same classes"
+    )
+
+
+def test_a_broken_file_is_told_without_a_flag_that_does_not_help(
+    folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    file = list_images(damaged / "val")[3]
+    file.write_bytes(b"no picture")
+    done = run(command(damaged, weights, tmp_path / "run", "--skip-broken"), status=1)
+    assert f"{file} cannot be decoded" in done.stderr
+    assert "mend or remove it" in done.stderr
+    assert "--skip-broken" not in done.stderr
+
+
+def test_a_result_that_cannot_be_written_is_told(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    torch.save(state(whole, "linear_last.pt"), tmp_path / "linear_last.pt")
+    (tmp_path / "linear.jsonl").symlink_to("/dev/full")
+    done = run(command(folder, weights, tmp_path), status=1)
+    top_1, _ = results(whole)[0]
+    assert f"linear accuracy  top-1 {top_1:.2f} %" in done.stdout
+    assert "linear.jsonl cannot be written" in done.stderr
+    assert "note the result above" in done.stderr
+
+
 # ---------------------------------------------------------------- a sweep
 
 # The third diverges: an update of 10^25 times its norm, whose square is no float32.
@@ -360,15 +441,19 @@ def test_a_sweep_killed_and_continued_is_the_same(
     assert accuracies[0]["sweep"] == accuracies[1]["sweep"]
 
 
+RATES = "--base-lr and --sweep take base learning rates, finite and 0 or more"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--sweep", "0.1", "-1"], "--sweep takes base learning rates, finite and 0 or more"),
-        (["--sweep", "0.1", "inf"], "--sweep takes base learning rates, finite and 0 or more"),
+        (["--sweep", "0.1", "-1"], RATES),
+        (["--sweep", "0.1", "inf"], RATES),
+        (["--base-lr", "-1"], RATES),
         (["--sweep", "0.1", "--epochs", "0", "--knn"], "--sweep needs --epochs of 1 or more"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_a_sentence(
+def test_rates_that_cannot_be_are_a_sentence(
     arguments: list[str], sentence: str, folder: Path, weights: Path, tmp_path: Path
 ) -> None:
     done = run(command(folder, weights, tmp_path, *arguments), status=1)

@@ -64,19 +64,21 @@ def test_a_run_is_kept_when_its_linear_accuracy_is_there(
         file.write(json.dumps({"epoch": 10, "linear": 50.0}) + "\n")
     flags = {**campaign.RECIPE, **run.flags}
     settings = {name.replace("-", "_"): value for name, value in flags.items()}
+    settings["dataset"] = "cifar10"
     paths = {"data_root": "/home/someone/data", "run_dir": str(folder)}
     (folder / "config.json").write_text(json.dumps({"config": {**settings, **paths}}))
     assert campaign.is_finished(folder)
-    assert not campaign.is_kept(run)
+    assert not campaign.is_kept(run, "cifar10")
     campaign.keep(run)
-    assert campaign.is_kept(run)
+    assert campaign.is_kept(run, "cifar10")
+    assert not campaign.is_kept(run, "folder")  # other pixels
     kept = tmp_path / "results" / run.name
     assert (kept / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
     assert json.loads((kept / "config.json").read_text()) == {
         "config": {**settings, "data_root": "data", "run_dir": run.name}
     }
     monkeypatch.setitem(campaign.RECIPE, "epochs", 20)  # another recipe's results do not count
-    assert not campaign.is_kept(run)
+    assert not campaign.is_kept(run, "cifar10")
 
 
 def test_tables_are_means_over_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_a_broken_file_is_named_or_replaced_by_the_next(files: list[Path], worke
 def test_nothing_readable_is_told(files: list[Path]) -> None:
     for path in files:
         path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="cannot be decoded"):
+    with pytest.raises(UserError, match=r"cannot be decoded .*; mend or remove it$"):
         batches(two_crops(files, skip_broken=True))
 
 
@@ -157,6 +157,8 @@ def test_what_is_missing_is_told(files: list[Path], tmp_path: Path) -> None:
         find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val")
     with pytest.raises(UserError, match="a batch of 12 does not fit a set of 11 images"):
         find_photographs("folder", str(tmp_path), SIZE, 0, 12, "train")
+    with pytest.raises(UserError, match="a batch of 6001 does not fit a set of 6000 images"):
+        find_photographs("shapes", "", SIZE, 0, 6001, "train")
     (tmp_path / "val").mkdir()
     with pytest.raises(UserError, match="no images in"):
         find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val")

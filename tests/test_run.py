@@ -214,6 +214,8 @@ ERRORS = {
     "number of operations": ({"randaug_num_ops": 0}, "at least 1 operation, not 0"),
     "batch": ({"batch_size": 512}, "512 does not fit a set of 200 images"),
     "warm-up": ({"warmup_epochs": 3}, "must lie below --epochs 3"),
+    "epochs": ({"epochs": 1, "warmup_epochs": 0}, "--epochs is 2 or more"),
+    "rate": ({"base_lr": -0.1}, "--base-lr is finite, 0 or more, not -0.1"),
     "run directory": ({"run_dir": "/proc/run"}, "choose another with --run-dir"),
     "device": ({"device": "gpu"}, "not a device"),
     "width": ({"width": 12}, "multiple of 8, not 12"),

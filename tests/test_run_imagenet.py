@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from common.shapes import shapes
 from scripts import assert_equal, command_line, kill, metrics, on_two_ranks, run, start_until, state
 
@@ -125,6 +129,27 @@ def test_a_broken_photograph_is_one_sentence(folder: Path, tmp_path: Path) -> No
     assert "08.jpg cannot be decoded" in last_line
     assert "Traceback" not in done.stderr
     run([*broken, "--batch-size", "9", "--skip-broken", "--epochs", "1", "--fresh"])
+
+
+ERRORS = {
+    "epochs": ({"epochs": 0}, "--epochs is 1 or more, not 0"),
+    "prefetch": ({"prefetch": 0}, "--prefetch is 1 or more, not 0"),
+    "rate": ({"lr": math.nan}, "--lr is finite, 0 or more, not nan"),
+    "batch": ({"dataset": "shapes", "batch_size": 6001}, "does not fit a set of 6000 images"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_what_a_user_can_mend_stops_before_any_work(
+    experiment: str, case: str, tmp_path: Path
+) -> None:
+    wrong, message = ERRORS[case]
+    script = importlib.import_module(f"{experiment}.run")
+    config = script.Config(**{"device": "cpu", "run_dir": str(tmp_path / "run"), **wrong})
+    with pytest.raises(UserError, match=re.escape(message)):
+        script.main(config)
+    assert not list(tmp_path.glob("run/*.pt"))
 
 
 @pytest.mark.parametrize("regime", ["baseline", "joint"])

@@ -25,6 +25,8 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
+from common.cifar10 import IMAGE_SIZE
+from common.datasets import load_cifar10
 from common.distributed import Ranks
 from common.errors import StopRequested, UserError, run_script
 from common.run_log import REPOSITORY
@@ -123,13 +125,13 @@ def is_finished(folder: Path) -> bool:
     return any("linear" in json.loads(line) for line in metrics.read_text().splitlines())
 
 
-def is_kept(run: Run) -> bool:
-    """Whether a finished run's logs lie in the results already, of the recipe as it stands."""
+def is_kept(run: Run, dataset: str) -> bool:
+    """Whether a finished run's logs lie in the results, of this data set and the recipe."""
     folder = RESULTS / run.name
     if not is_finished(folder):
         return False
     kept = json.loads((folder / "config.json").read_text())["config"]
-    wanted = {**RECIPE, **run.flags}
+    wanted = {**RECIPE, **run.flags, "dataset": dataset}
     return all(kept[name.replace("-", "_")] == value for name, value in wanted.items())
 
 
@@ -137,20 +139,27 @@ def keep(run: Run) -> None:
     """Copy a finished run's settings and metrics; paths of this machine are left out."""
     folder = RESULTS / run.name
     folder.mkdir(exist_ok=True)
+    metrics = folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)  # of an earlier recipe
     settings = json.loads((RUNS / run.name / "config.json").read_text())
     for name in ("data_root", "run_dir"):
         settings["config"][name] = Path(settings["config"][name]).name
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    # Last, since it says that the run is finished.
-    shutil.copy(RUNS / run.name / "metrics.jsonl", folder)
+    # Last and whole, since it says that the run is finished.
+    partial = folder / "metrics.jsonl.partial"
+    shutil.copy(RUNS / run.name / "metrics.jsonl", partial)
+    partial.replace(metrics)
 
 
 def main(config: Config) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
+    alone = Ranks(0, 1, torch.device("cpu"))
+    if config.dataset == "cifar10":
+        load_cifar10(config.data_root, IMAGE_SIZE, alone)  # two runs at once would both download
     runs = list(plan())
-    waiting = [run for run in runs if not is_kept(run)]
+    waiting = [run for run in runs if not is_kept(run, config.dataset)]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
-    stop = StopFlag(Ranks(0, 1, torch.device("cpu")))
+    stop = StopFlag(alone)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     working: dict[subprocess.Popen, Run] = {}
     failed = []
