@@ -44,6 +44,12 @@ def summary(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
 
 
+def raw_pixels() -> list[str]:
+    """What raw_pixels.py printed, a line each."""
+    path = FOLDER / "raw_pixels.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def cells(names: list[str], key: str) -> str:
     return " | ".join(summary([last(rows, key) for rows in read(name)]) for name in names)
 
@@ -61,6 +67,7 @@ def tables() -> str:
         summary([rows[0]["knn"] for rows in read(f"{method}-baseline")]) for method in METHODS
     )
     lines.append(f"| untrained | {untrained} |")
+    lines += ["", *(f"{line}\n" for line in raw_pixels())]
     for key, title in (("linear", "linear %"), ("spread", "`spread` in the last epoch")):
         lines += ["", f"| {title} | SimCLR | BYOL | SimSiam |", "|---|---|---|---|"]
         for regime in REGIMES:
@@ -104,12 +111,17 @@ def plot(path: Path) -> None:
                     points = [(row["epoch"], row[key]) for row in rows if key in row]
                     label = regime if index == 0 else None
                     axis.plot(*zip(*points, strict=True), color=colour, alpha=0.8, label=label)
+        for line in raw_pixels():
+            axes[0, column].axhline(float(line.split()[-2]), color="black", lw=0.6, ls=":")
+            axes[0, column].text(
+                10, float(line.split()[-2]), line.split(":")[0], va="bottom", ha="right", fontsize=7
+            )
         axes[0, column].set_title(title)
         axes[1, column].set_xlabel("epoch")
         axes[1, column].set_ylim(0, 1.1)
     axes[0, 0].set_ylabel("kNN accuracy, %")
     axes[1, 0].set_ylabel("spread (0: collapsed)")
-    axes[0, 0].legend(frameon=False)
+    axes[1, 0].legend(frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
