@@ -186,7 +186,7 @@ def _require_finished(
 ) -> None:
     """Refuse to overwrite an unfinished classifier of the same backbone with other settings."""
     saved = state["identity"]
-    if saved["backbone"] != identity["backbone"] or state["epoch"] == saved["epochs"]:
+    if saved.get("backbone") != identity["backbone"] or state["epoch"] == saved["epochs"]:
         return
     changed = [
         f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}"
