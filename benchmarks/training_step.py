@@ -25,7 +25,7 @@ import byol_cifar10.loss
 import simsiam_cifar10.loss
 from byol_cifar10.model import online_network
 from common.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
-from common.dssl import loss_parts
+from common.dssl import loss_parts, own_projection
 from common.ema import make_target, update
 from common.memory import keep_freed_memory
 from common.precision import Precision, autocast, has_native_bf16
@@ -107,15 +107,21 @@ def ours(
 
     @torch.no_grad()
     def target(view: Tensor, z: Tensor) -> Tensor:
-        if target_network is None:
-            return z
         with autocast(precision, CPU):
             return target_network.project(view.contiguous(memory_format=torch.channels_last))
 
     def step(views: Views) -> float:
         loss = 0.0
         sgd.zero_grad()
-        parts = loss_parts(network, forward, views, "dssl", pull, reverse_weight, target)
+        parts = loss_parts(
+            network,
+            forward,
+            views,
+            "dssl",
+            pull,
+            reverse_weight,
+            target if has_target else own_projection,
+        )
         for part in parts:
             part.loss.backward()
             loss += part.loss.item()

@@ -72,6 +72,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or not a checkpoint ({error})") from error
 
 
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between a checkpoint's settings and those wanted, by name; empty: nothing."""
+    return "; ".join(
+        f"{name} was {saved.get(name)!r}, now {wanted.get(name)!r}"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    )
+
+
 class Checkpoints:
     """`<last>` and, in case that one breaks, `<previous>`, the one before it.
 

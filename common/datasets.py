@@ -24,7 +24,6 @@ Dataset = Literal["cifar10", "folder", "shapes"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-LEAVE_OUT = "or leave such files out with --skip-broken"
 SHAPES_TRAIN, SHAPES_TEST = 6000, 1000
 
 
@@ -216,9 +215,7 @@ def _decode(
             pixels = decode_square(files[index], image_size)
         except BROKEN as error:
             if not skip_broken:
-                raise UserError(
-                    f"{files[index]} cannot be decoded ({error}); mend or remove it, {LEAVE_OUT}"
-                ) from error
+                raise UserError(broken_file(files[index], error, can_skip=True)) from error
             broken.append(index)
         else:
             images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -240,6 +237,12 @@ def _decode(
         names = ", ".join(str(files[index]) for index in sorted(broken)[:5])
         print(f"Left out {len(broken)} broken files: {names}{', …' if len(broken) > 5 else ''}")
     return images[kept], kept
+
+
+def broken_file(path: Path, error: Exception, *, can_skip: bool) -> str:
+    """The sentence about a file that cannot be decoded; `can_skip`: whether --skip-broken helps."""
+    sentence = f"{path} cannot be decoded ({error}); mend or remove it"
+    return f"{sentence}, or leave such files out with --skip-broken" if can_skip else sentence
 
 
 def decode(path: Path) -> Image.Image:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.checkpoint import Checkpoints
+from common.checkpoint import Checkpoints, differences
 from common.datasets import ImageSet
 from common.distributed import Ranks, send, unwrap
 from common.errors import StopRequested, UserError, require
@@ -188,14 +188,10 @@ def _require_finished(
     saved = state["identity"]
     if saved.get("backbone") != identity["backbone"] or state["epoch"] == saved["epochs"]:
         return
-    changed = [
-        f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}"
-        for name in sorted(saved.keys() | identity.keys())
-        if saved.get(name) != identity.get(name)
-    ]
     raise UserError(
         f"{checkpoints.last} holds an unfinished classifier with other settings: "
-        f"{'; '.join(changed)}. Repeat its settings to continue it, or {checkpoints.way_out}"
+        f"{differences(saved, identity)}. Repeat its settings to continue it, or "
+        f"{checkpoints.way_out}"
     )
 
 

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.datasets import (
     BROKEN,
-    LEAVE_OUT,
     SHAPES_TEST,
     SHAPES_TRAIN,
+    broken_file,
     decode,
     label_by_folder,
     list_images,
@@ -198,8 +198,8 @@ class RandomCrops(Dataset):
             try:
                 return read(self.photographs[used]), used
             except BROKEN as error:
-                problem = f"{self.photographs[used]} cannot be decoded ({error}); mend or remove it"
-        return problem + ("" if self.skip_broken else f", {LEAVE_OUT}"), index
+                problem = broken_file(self.photographs[used], error, can_skip=not self.skip_broken)
+        return problem, index
 
 
 class CentreCrops(Dataset):
@@ -220,8 +220,7 @@ class CentreCrops(Dataset):
         try:
             photograph = read(self.photographs[index])
         except BROKEN as error:
-            problem = f"{self.photographs[index]} cannot be decoded ({error}); mend or remove it"
-            return problem, index
+            return broken_file(self.photographs[index], error, can_skip=False), index
         shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
         height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
         view = resize(photograph, height, width)

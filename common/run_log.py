@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.checkpoint import Checkpoints, write_whole
+from common.checkpoint import Checkpoints, differences, write_whole
 from common.collapse import COLLAPSED_BELOW
 from common.distributed import Ranks
 from common.errors import UserError, require
@@ -147,15 +147,14 @@ class RunLog:
                 f"{self.checkpoints.last} is no checkpoint of a run; choose another --run-dir, or "
                 "start anew with --fresh (nothing is deleted)"
             )
-        saved = state["config"]
-        changed = [
-            f"{name} was {saved.get(name)!r}, now {self.config.get(name)!r}"
-            for name in sorted(saved.keys() | self.config.keys())
-            if name not in MAY_CHANGE and saved.get(name) != self.config.get(name)
-        ]
+        saved, wanted = (
+            {name: value for name, value in config.items() if name not in MAY_CHANGE}
+            for config in (state["config"], self.config)
+        )
+        changed = differences(saved, wanted)
         if changed:
             raise UserError(
-                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. Repeat its "
+                f"{self.folder} holds a run with other settings: {changed}. Repeat its "
                 "settings to continue it, choose another --run-dir, or start anew with --fresh "
                 "(nothing is deleted)"
             )

@@ -44,10 +44,12 @@ def summary(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
 
 
-def raw_pixels() -> list[str]:
-    """What raw_pixels.py printed, a line each."""
+def raw_pixels() -> dict[str, float]:
+    """The kNN accuracies that raw_pixels.py printed, by what they are of."""
     path = FOLDER / "raw_pixels.txt"
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    pairs = [line.removesuffix(" %").split(": kNN ") for line in lines]
+    return {name: float(accuracy) for name, accuracy in pairs}
 
 
 def cells(names: list[str], key: str) -> str:
@@ -67,7 +69,7 @@ def tables() -> str:
         summary([rows[0]["knn"] for rows in read(f"{method}-baseline")]) for method in METHODS
     )
     lines.append(f"| untrained | {untrained} |")
-    lines += ["", *(f"{line}\n" for line in raw_pixels())]
+    lines += ["", *(f"{name}: kNN {knn:.1f} %\n" for name, knn in raw_pixels().items())]
     for key, title in (("linear", "linear %"), ("spread", "`spread` in the last epoch")):
         lines += ["", f"| {title} | SimCLR | BYOL | SimSiam |", "|---|---|---|---|"]
         for regime in REGIMES:
@@ -111,11 +113,9 @@ def plot(path: Path) -> None:
                     points = [(row["epoch"], row[key]) for row in rows if key in row]
                     label = regime if index == 0 else None
                     axis.plot(*zip(*points, strict=True), color=colour, alpha=0.8, label=label)
-        for line in raw_pixels():
-            axes[0, column].axhline(float(line.split()[-2]), color="black", lw=0.6, ls=":")
-            axes[0, column].text(
-                10, float(line.split()[-2]), line.split(":")[0], va="bottom", ha="right", fontsize=7
-            )
+        for name, knn in raw_pixels().items():
+            axes[0, column].axhline(knn, color="black", lw=0.6, ls=":")
+            axes[0, column].text(10, knn, name, va="bottom", ha="right", fontsize=7)
         axes[0, column].set_title(title)
         axes[1, column].set_xlabel("epoch")
         axes[1, column].set_ylim(0, 1.1)
