@@ -21,6 +21,7 @@ import tyro
 from common.distributed import Ranks
 from common.linear_evaluation import Config, cached_batches, fit
 from common.linear_probe import new_classifier
+from common.memory import keep_freed_memory
 from common.stop import StopFlag
 from contest import Options, compare
 
@@ -57,6 +58,7 @@ def contest(
 
 
 def main(options: Options) -> None:
+    keep_freed_memory()  # as every run on a CPU does
     small = Config("", epochs=3, cache_features=True)
     contest("CIFAR-10's shape", 50_000, 512, 10, small, options)
     contest("the same", 50_000, 512, 10, replace(small, batch_size=256), options)

@@ -70,12 +70,15 @@ class LARC(torch.optim.Optimizer):
                 rate = trust * p_norm / (g_norm + decay * p_norm + EPSILON)
                 # where, not if: Python's if would fetch both norms from the device.
                 adapts = (p_norm != 0) & (g_norm != 0)
-                g = p.grad * rate.where(adapts, 1)
-                if decay:
-                    g += p * (decay * rate).where(adapts, 0)
                 state = self.state[p]
-                if "momentum_buffer" in state:
-                    state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                # In place: the products of K models would take their weights' memory once more.
+                m = state["momentum_buffer"].mul_(group["momentum"])
+                m.addcmul_(p.grad, rate.where(adapts, 1))
+                if decay:
+                    m.addcmul_(p, (decay * rate).where(adapts, 0))
+                if isinstance(lr, Tensor):
+                    p.addcmul_(m, lr, value=-1)
                 else:
-                    state["momentum_buffer"] = g
-                p.sub_(lr * state["momentum_buffer"])
+                    p.add_(m, alpha=-lr)
