@@ -87,6 +87,36 @@ def test_stopped_by_max_steps_and_continued_is_the_same_run(
         assert torch.equal(value, last["model"][f"backbone.{name}"]), name
 
 
+def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile up to its last stage, which would need a C++ compiler."""
+    compiled = []
+    compile_module = torch.nn.Module.compile
+
+    def all_but_the_last_stage(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", all_but_the_last_stage)
+    small = {name.replace("-", "_"): value for name, value in SMALL.items()}
+    small |= {"data_root": str(folder), "backbone": "resnet10", "linear_epochs": 0, "knn_every": 0}
+
+    def train(name: str, **further: object) -> dict:
+        run_dir = tmp_path / name
+        byol_cifar10.run.main(byol_cifar10.run.Config(**small, run_dir=str(run_dir), **further))
+        return state(run_dir)
+
+    whole = train("whole", max_steps=4)
+    assert not compiled
+    train("run", max_steps=2, compile=True)
+    assert len(compiled) == 3  # the online network, the target's backbone and projector
+    continued = train("run", max_steps=4)
+    assert len(compiled) == 3
+    for part in ("model", "target"):
+        torch.testing.assert_close(continued[part], whole[part], rtol=1e-4, atol=1e-5)
+
+
 def test_without_heavy_views_there_is_no_asymmetric_loss(folder: Path, tmp_path: Path) -> None:
     baseline = ("--regime", "baseline", "--max-steps", "1")
     run(command("byol_cifar10", folder, tmp_path, *SHORT, *baseline))
