@@ -25,7 +25,11 @@ def on_two_ranks(arguments: Sequence[str]) -> list[str]:
 
 
 def command_line(script: str, settings: Mapping[str, object], *extra: str) -> list[str]:
-    """The command that runs a script of the repository with these settings."""
+    """The command that runs a script of the repository with these settings.
+
+    In fp32 unless they say otherwise: processors that multiply bf16 would compute other values.
+    """
+    settings = {"precision": "fp32", **settings}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return [sys.executable, str(ROOT / script), *flags, *extra]
 

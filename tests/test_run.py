@@ -91,6 +91,24 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     assert not list(whole_run.glob("*.partial"))
 
 
+def test_bf16_is_near_fp32_and_continues_exactly(folder: Path, tmp_path: Path) -> None:
+    # Of one step an epoch the first epoch's row tells the loss of the same start, order and views.
+    one_step = ("--batch-size", "200", "--linear-epochs", "0")
+    for precision in ("fp32", "bf16"):
+        run(command(folder, tmp_path / precision, *one_step, "--precision", precision))
+    losses = [metrics(tmp_path / precision)[1]["loss"] for precision in ("fp32", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    weights = state(tmp_path / "bf16")["model"].values()
+    assert {weight.dtype for weight in weights} == {torch.float32, torch.int64}
+
+    run_dir = tmp_path / "continued"
+    for extra in (("--max-steps", "2"), ()):
+        run(command(folder, run_dir, *one_step, "--precision", "bf16", *extra))
+    assert metrics(run_dir) == metrics(tmp_path / "bf16")
+    assert_equal(state(run_dir), state(tmp_path / "bf16"), "last.pt")
+
+
 def test_typing_a_finished_run_again_changes_nothing(whole_run: Path, folder: Path) -> None:
     before = metrics(whole_run)
     weights = state(whole_run)["model"]
