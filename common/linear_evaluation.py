@@ -270,7 +270,7 @@ def count_right(classifier: nn.Module, features: Tensor, labels: Tensor) -> Tens
     """How many images each classifier has right, top-1 and top-5.
 
     Args:
-        classifier: features `[B, d]` to scores `[B, C]`, or `[B, K, C]` of K classifiers.
+        classifier: features `[B, d]` to scores `[B, C]`, or `[K, C, B]` of K classifiers.
         features: float32 `[N, d]`; may be empty.
         labels: int64 `[N]`.
 
@@ -281,9 +281,9 @@ def count_right(classifier: nn.Module, features: Tensor, labels: Tensor) -> Tens
     # In parts: the scores of many classifiers for a whole set would fill the memory.
     for x, y in zip(features.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
         scores = by_classifier(classifier(x))
-        best = scores.topk(min(5, scores.shape[2]), dim=2).indices
-        hits = best == y[:, None, None]
-        right = right + torch.stack([hits[:, :, 0].sum(0), hits.any(2).sum(0)], dim=1)
+        best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+        hits = best == y
+        right = right + torch.stack([hits[:, 0].sum(1), hits.any(1).sum(1)], dim=1)
     return right
 
 

@@ -50,9 +50,14 @@ class Classifiers(nn.Module):
         self.bias = nn.Parameter(start.bias.detach().repeat(count, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Scores `[B, K, C]` of features `[B, d]`."""
-        scores = F.linear(features, self.weight.flatten(0, 1), self.bias.flatten())
-        return scores.unflatten(1, self.bias.shape)
+        """Scores `[K, C, B]` of features `[B, d]`.
+
+        The images come last, since a softmax over a few adjacent classes leaves most of a
+        processor's vectors empty: an eighth of the time for 10 classes on AVX-512.
+        """
+        weight = self.weight.flatten(0, 1)
+        scores = torch.addmm(self.bias.view(-1, 1), weight, features.T)
+        return scores.unflatten(0, self.bias.shape)
 
     def diverged(self) -> Tensor:
         """Which are no longer finite, bool `[K]`; none of them ever becomes finite again."""
@@ -60,8 +65,8 @@ class Classifiers(nn.Module):
 
 
 def by_classifier(scores: Tensor) -> Tensor:
-    """Scores as `[B, K, C]`, whether of one classifier, `[B, C]`, or of `Classifiers`."""
-    return scores if scores.dim() == 3 else scores[:, None]
+    """Scores as `[K, C, B]`, whether of one classifier, `[B, C]`, or of `Classifiers`."""
+    return scores if scores.dim() == 3 else scores.T[None]
 
 
 def classifier_losses(scores: Tensor, labels: Tensor) -> Tensor:
@@ -70,14 +75,11 @@ def classifier_losses(scores: Tensor, labels: Tensor) -> Tensor:
     The gradient of their sum is for each classifier that of its own loss.
 
     Args:
-        scores: float `[B, C]` or `[B, K, C]`.
+        scores: float `[B, C]` or `[K, C, B]`.
         labels: int64 `[B]`.
     """
     scores = by_classifier(scores)
-    count = scores.shape[1]
-    rows = scores.flatten(0, 1)  # a view, [B · K, C]: cross_entropy then copies nothing
-    losses = F.cross_entropy(rows, labels.repeat_interleave(count), reduction="none")
-    return losses.view(-1, count).mean(dim=0)
+    return F.cross_entropy(scores, labels.expand(len(scores), -1), reduction="none").mean(dim=1)
 
 
 def batches_of_epoch(
