@@ -5,7 +5,9 @@ python benchmarks/feature_extraction.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import tyro
@@ -21,7 +23,7 @@ from common.features import extract_features
 from common.memory import keep_freed_memory
 from common.precision import autocast, has_native_bf16
 from common.resnet import CifarResNet
-from contest import Options, compare
+from contest import Apart, Options, compare
 
 COUNT = 1000
 CPU = torch.device("cpu")
@@ -33,47 +35,66 @@ class FeatureOptions(Options):
     threads: int = 2
 
 
-def main(options: FeatureOptions) -> None:
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as every run on a CPU does
-    arrays = contestants.photographs(COUNT, 32, 32)
-    images = contestants.to_batch(arrays)
+class Pictures(torch.utils.data.Dataset):
+    """The images as the authors' transform makes them, by Pillow."""
+
+    def __init__(self) -> None:
+        self.arrays = contestants.photographs(COUNT, 32, 32)
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(36, transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(32),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(Image.fromarray(self.arrays[index]))
+
+
+def network() -> CifarResNet:
     torch.manual_seed(0)
-    contiguous = CifarResNet("resnet18", 64).eval()
-    backbone = CifarResNet("resnet18", 64).eval().to(memory_format=torch.channels_last)
-    transform = transforms.Compose(
-        [
-            transforms.Resize(36, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    return CifarResNet("resnet18", 64).eval()
 
-    class Pictures(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return COUNT
 
-        def __getitem__(self, index: int) -> Tensor:
-            return transform(Image.fromarray(arrays[index]))
-
-    loader = DataLoader(Pictures(), batch_size=256)
+def yardstick(options: FeatureOptions) -> Callable[[], list[Tensor]]:
+    torch.set_num_threads(options.threads)
+    backbone, loader = network(), DataLoader(Pictures(), batch_size=256)
 
     @torch.no_grad()
-    def by_loader() -> list[Tensor]:
-        return [contiguous(batch) for batch in loader]
+    def extract() -> list[Tensor]:
+        return [backbone(batch) for batch in loader]
+
+    return extract
+
+
+def ours(options: FeatureOptions) -> Callable[[], Tensor]:
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as every run on a CPU does
+    backbone = network().to(memory_format=torch.channels_last)
+    images = contestants.to_batch(contestants.photographs(COUNT, 32, 32))
 
     def encode(part: Tensor) -> Tensor:
         with autocast("auto", CPU):
             return backbone(normalised(centre_view(part)))
 
+    return lambda: extract_features(backbone, images, encode, Ranks(0, 1, CPU), lambda: None)
+
+
+def main(options: FeatureOptions) -> None:
+    torch.set_num_threads(options.threads)
+    name_of_ours = "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)"
+    prepare = partial(ours, options)
     compare(
         f"features of {COUNT:,} CIFAR-10 images, ResNet-18",
         {
-            "Pillow in a loader, fp32": by_loader,
-            "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)": (
-                lambda: extract_features(backbone, images, encode, Ranks(0, 1, CPU), lambda: None)
-            ),
+            "Pillow in a loader, fp32": Apart(partial(yardstick, options)),
+            # A profile sees its own process alone.
+            name_of_ours: prepare() if options.profile else Apart(prepare),
         },
         options,
         items=COUNT,

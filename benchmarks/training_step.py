@@ -5,7 +5,8 @@
 
 The yardstick is a step as the authors' scripts make it: float32 in contiguous memory, all passes,
 then one backward; for BYOL the targets are computed twice. Ours is what `run.py` does: channels
-last, each part backward at once, targets once, bf16 where the processor multiplies it.
+last, each part backward at once, targets once, bf16 where the processor multiplies it, freed memory
+kept by the process.
 
 `--curves` trains simsiam_cifar10 on views of shapes and prints each step's loss for the yardstick,
 for ours in float32 and for ours in bf16, which a processor without it emulates slowly.
@@ -33,7 +34,7 @@ from common.randaugment import RandAugment
 from common.seeding import generator_for
 from common.shapes import shapes
 from common.views import ViewMaker, Views
-from contest import Options, compare
+from contest import Apart, Options, compare
 from simsiam_cifar10.model import SimSiam
 
 CPU = torch.device("cpu")
@@ -143,33 +144,53 @@ def byol_network(width: int) -> nn.Module:
     return online_network("resnet18", width, 4096, 256)
 
 
+def simsiam_yardstick(options: StepOptions) -> Callable[[], float]:
+    views = random_views(options)
+    return partial(simsiam_as_the_authors(simsiam_network(options.width)), views)
+
+
+def byol_yardstick(options: StepOptions) -> Callable[[], float]:
+    views = random_views(options)
+    return partial(byol_as_the_authors(byol_network(options.width)), views)
+
+
+def our_simsiam(options: StepOptions) -> Callable[[], float]:
+    keep_freed_memory()  # as every run on a CPU does
+    views = random_views(options)
+    pull = simsiam_cifar10.loss.pull
+    return partial(ours(simsiam_network(options.width), pull, 0.1, has_target=False), views)
+
+
+def our_byol(options: StepOptions) -> Callable[[], float]:
+    keep_freed_memory()
+    views = random_views(options)
+    pull = byol_cifar10.loss.pull
+    return partial(ours(byol_network(options.width), pull, 0.0, has_target=True), views)
+
+
+def random_views(options: StepOptions) -> Views:
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    size = (options.batch_size, 3, 32, 32)
+    return Views(*(torch.randn(size, generator=generator) for _ in range(4)))
+
+
 def main(options: StepOptions) -> None:
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as every run on a CPU does
     if options.curves:
         print_curves(options)
         return
-    generator = torch.Generator().manual_seed(0)
-    size = (options.batch_size, 3, 32, 32)
-    views = Views(*(torch.randn(size, generator=generator) for _ in range(4)))
     name_of_ours = "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)"
     contests = {
-        "simsiam_cifar10": (
-            simsiam_network,
-            simsiam_as_the_authors,
-            partial(ours, pull=simsiam_cifar10.loss.pull, reverse_weight=0.1, has_target=False),
-        ),
-        "byol_cifar10": (
-            byol_network,
-            byol_as_the_authors,
-            partial(ours, pull=byol_cifar10.loss.pull, reverse_weight=0.0, has_target=True),
-        ),
+        "simsiam_cifar10": (simsiam_yardstick, our_simsiam),
+        "byol_cifar10": (byol_yardstick, our_byol),
     }
-    for name, (network, as_the_authors, as_we) in contests.items():
-        theirs = as_the_authors(network(options.width))
+    for name, (yardstick, as_we) in contests.items():
+        as_we = partial(as_we, options)
         contestants = {
-            "as the authors: fp32, contiguous, one backward": partial(theirs, views),
-            name_of_ours: partial(as_we(network(options.width)), views),
+            "as the authors: fp32, contiguous, one backward": Apart(partial(yardstick, options)),
+            # A profile sees its own process alone.
+            name_of_ours: as_we() if options.profile else Apart(as_we),
         }
         row = f"a step of {name}, dssl, width {options.width}, batch {options.batch_size}"
         compare(row, contestants, options, items=options.batch_size)
@@ -177,6 +198,7 @@ def main(options: StepOptions) -> None:
 
 def print_curves(options: StepOptions) -> None:
     """simsiam_cifar10's losses over 200 steps, on the same views, by the three."""
+    keep_freed_memory()
     pull = simsiam_cifar10.loss.pull
     contestants = [simsiam_as_the_authors(simsiam_network(options.width))]
     for precision in ("fp32", "bf16"):
