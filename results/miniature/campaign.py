@@ -109,6 +109,7 @@ def command(run: Run, config: Config) -> list[str]:
         "dataset": config.dataset,
         "data-root": config.data_root,
         "device": config.device,
+        "precision": "fp32",  # on every processor: the runs may be spread over several
         "run-dir": RUNS / run.name,
     }
     words = [sys.executable, str(REPOSITORY / run.experiment / "run.py")]
