@@ -62,6 +62,11 @@ class Apart:
         self.turns.recv()  # EOFError if it has died
 
 
+def apart(prepare: Callable[[], Callable[[], object]], options: Options) -> Callable[[], object]:
+    """The contestant `Apart`; for a profile, which sees its own process alone, in this one."""
+    return prepare() if options.profile else Apart(prepare)
+
+
 def take_turns(prepare: Callable[[], Callable[[], object]], turns: Connection) -> None:
     contestant = prepare()
     while True:

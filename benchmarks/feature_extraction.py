@@ -23,7 +23,7 @@ from common.features import extract_features
 from common.memory import keep_freed_memory
 from common.precision import autocast, has_native_bf16
 from common.resnet import CifarResNet
-from contest import Apart, Options, compare
+from contest import Options, apart, compare
 
 COUNT = 1000
 CPU = torch.device("cpu")
@@ -88,13 +88,11 @@ def ours(options: FeatureOptions) -> Callable[[], Tensor]:
 def main(options: FeatureOptions) -> None:
     torch.set_num_threads(options.threads)
     name_of_ours = "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)"
-    prepare = partial(ours, options)
     compare(
         f"features of {COUNT:,} CIFAR-10 images, ResNet-18",
         {
-            "Pillow in a loader, fp32": Apart(partial(yardstick, options)),
-            # A profile sees its own process alone.
-            name_of_ours: prepare() if options.profile else Apart(prepare),
+            "Pillow in a loader, fp32": apart(partial(yardstick, options), options),
+            name_of_ours: apart(partial(ours, options), options),
         },
         options,
         items=COUNT,

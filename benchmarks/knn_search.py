@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.knn import NEIGHBOURS, TEMPERATURE, knn_predict
 from common.memory import keep_freed_memory
-from contest import Apart, Options, compare
+from contest import Options, apart, compare
 
 BANK, QUERIES, DIM, CLASSES = 50_000, 10_000, 512, 10
 BLOCK = 512
@@ -64,9 +64,8 @@ def main(options: Options) -> None:
     compare(
         "kNN search, 10,000 queries in 50,000 × 512",
         {
-            "blocks of 512, one-hot votes": Apart(yardstick),
-            # A profile sees its own process alone.
-            "this project": ours() if options.profile else Apart(ours),
+            "blocks of 512, one-hot votes": apart(yardstick, options),
+            "this project": apart(ours, options),
         },
         options,
         items=QUERIES,

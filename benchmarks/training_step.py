@@ -34,7 +34,7 @@ from common.randaugment import RandAugment
 from common.seeding import generator_for
 from common.shapes import shapes
 from common.views import ViewMaker, Views
-from contest import Apart, Options, compare
+from contest import Options, apart, compare
 from simsiam_cifar10.model import SimSiam
 
 CPU = torch.device("cpu")
@@ -144,28 +144,19 @@ def byol_network(width: int) -> nn.Module:
     return online_network("resnet18", width, 4096, 256)
 
 
-def simsiam_yardstick(options: StepOptions) -> Callable[[], float]:
-    views = random_views(options)
-    return partial(simsiam_as_the_authors(simsiam_network(options.width)), views)
+def prepare_theirs(
+    options: StepOptions,
+    network: Callable[[int], nn.Module],
+    as_the_authors: Callable[[nn.Module], Step],
+) -> Callable[[], float]:
+    return partial(as_the_authors(network(options.width)), random_views(options))
 
 
-def byol_yardstick(options: StepOptions) -> Callable[[], float]:
-    views = random_views(options)
-    return partial(byol_as_the_authors(byol_network(options.width)), views)
-
-
-def our_simsiam(options: StepOptions) -> Callable[[], float]:
+def prepare_ours(
+    options: StepOptions, network: Callable[[int], nn.Module], as_we: Callable[[nn.Module], Step]
+) -> Callable[[], float]:
     keep_freed_memory()  # as every run on a CPU does
-    views = random_views(options)
-    pull = simsiam_cifar10.loss.pull
-    return partial(ours(simsiam_network(options.width), pull, 0.1, has_target=False), views)
-
-
-def our_byol(options: StepOptions) -> Callable[[], float]:
-    keep_freed_memory()
-    views = random_views(options)
-    pull = byol_cifar10.loss.pull
-    return partial(ours(byol_network(options.width), pull, 0.0, has_target=True), views)
+    return partial(as_we(network(options.width)), random_views(options))
 
 
 def random_views(options: StepOptions) -> Views:
@@ -182,15 +173,22 @@ def main(options: StepOptions) -> None:
         return
     name_of_ours = "this project, bf16" if has_native_bf16(CPU) else "this project (no bf16 here)"
     contests = {
-        "simsiam_cifar10": (simsiam_yardstick, our_simsiam),
-        "byol_cifar10": (byol_yardstick, our_byol),
+        "simsiam_cifar10": (
+            simsiam_network,
+            simsiam_as_the_authors,
+            partial(ours, pull=simsiam_cifar10.loss.pull, reverse_weight=0.1, has_target=False),
+        ),
+        "byol_cifar10": (
+            byol_network,
+            byol_as_the_authors,
+            partial(ours, pull=byol_cifar10.loss.pull, reverse_weight=0.0, has_target=True),
+        ),
     }
-    for name, (yardstick, as_we) in contests.items():
-        as_we = partial(as_we, options)
+    for name, (network, as_the_authors, as_we) in contests.items():
+        theirs = partial(prepare_theirs, options, network, as_the_authors)
         contestants = {
-            "as the authors: fp32, contiguous, one backward": Apart(partial(yardstick, options)),
-            # A profile sees its own process alone.
-            name_of_ours: as_we() if options.profile else Apart(as_we),
+            "as the authors: fp32, contiguous, one backward": apart(theirs, options),
+            name_of_ours: apart(partial(prepare_ours, options, network, as_we), options),
         }
         row = f"a step of {name}, dssl, width {options.width}, batch {options.batch_size}"
         compare(row, contestants, options, items=options.batch_size)
