@@ -5,6 +5,8 @@ python benchmarks/views_224.py
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import tyro
 
@@ -26,10 +28,17 @@ def main(options: Options) -> None:
     images = contestants.photographs(BATCH, 375, 500)
     decoded = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     crops = RandomCrops(decoded, 2, SIZE, CROP_SCALE, 0, False)
-    heavy = heavy_augmentation(contestants.NUM_OPS, contestants.MAGNITUDE)
-    maker = ViewMaker(standard_augmentation(), heavy, "dssl")
+    maker, compiled = (
+        ViewMaker(
+            standard_augmentation(),
+            heavy_augmentation(contestants.NUM_OPS, contestants.MAGNITUDE),
+            "dssl",
+        )
+        for _ in range(2)
+    )
+    compiled.compile()
 
-    def ours() -> None:
+    def ours(maker: ViewMaker) -> None:
         (first, second), _ = stack([crops[0, index] for index in range(BATCH)])
         draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
         for view in maker.make(first.contiguous(), draws, second.contiguous()):
@@ -37,7 +46,11 @@ def main(options: Options) -> None:
 
     compare(
         "four views at 224 px from 500 × 375, one core",
-        {**contestants.others(images, SIZE, has_blur=True), "this project": ours},
+        {
+            **contestants.others(images, SIZE, has_blur=True),
+            "this project, compiled": partial(ours, compiled),
+            "this project": partial(ours, maker),
+        },
         options,
         items=BATCH,
         core_time=True,

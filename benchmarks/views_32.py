@@ -5,6 +5,8 @@ python benchmarks/views_32.py
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import tyro
 
@@ -25,17 +27,28 @@ def main(options: Options) -> None:
     keep_freed_memory()  # as every run on a CPU does
     images = contestants.photographs(BATCH, SIZE, SIZE)
     held = contestants.to_batch(images)  # as simsiam_cifar10 holds CIFAR-10 in memory
-    heavy = RandAugment(contestants.NUM_OPS, contestants.MAGNITUDE)
-    maker = ViewMaker(standard_augmentation(SIZE), heavy, "dssl")
+    maker, compiled = (
+        ViewMaker(
+            standard_augmentation(SIZE),
+            RandAugment(contestants.NUM_OPS, contestants.MAGNITUDE),
+            "dssl",
+        )
+        for _ in range(2)
+    )
+    compiled.compile()
 
-    def ours() -> None:
+    def ours(maker: ViewMaker) -> None:
         draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
         for view in maker.make(held, draws):
             normalise(view, contestants.MEAN, contestants.STD)
 
     compare(
         "four views at 32 px, one core",
-        {**contestants.others(images, SIZE, has_blur=False), "this project": ours},
+        {
+            **contestants.others(images, SIZE, has_blur=False),
+            "this project, compiled": partial(ours, compiled),
+            "this project": partial(ours, maker),
+        },
         options,
         items=BATCH,
         core_time=True,

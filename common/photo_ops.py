@@ -6,13 +6,14 @@ uint8 `[B, 3, H, W]` on any device, in the two steps of `common/image_ops.py`'s 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.image_ops import Augmentation, Draws, apply_in_groups, draw_chosen, to_uint8
+from common.image_ops import Augmentation, Draws, apply_in_groups, draw_chosen, per_image, to_uint8
 
 
 class RandomFlip(Augmentation):
@@ -31,32 +32,65 @@ class RandomFlip(Augmentation):
         return apply_in_groups(images, groups, [lambda part, rows, turn: part.flip(3)])
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+def gaussian_blur(
+    images: Tensor,
+    sigma: Tensor,
+    radius: int,
+    convolve: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Convolve each image with its own Gaussian, exp(−d²/2σ²) for |d| ≤ radius, normalised.
 
-    Along x, then along y, in float32, rounded once at the end: within rounding of the exact sum.
+    Along one axis, then the other, in float32, rounded once at the end: within rounding of the
+    exact sum.
 
     Args:
         images: uint8 `[B, 3, H, W]`; the outermost pixels are repeated beyond the border.
         sigma: float32 `[B]`, above 0, in pixels.
         radius: of the kernel, in pixels, the same for all.
+        convolve: `convolved` (the default) or a compiled `shifted_sums`.
 
     Returns:
         uint8 `[B, 3, H, W]`.
     """
-    batch, channels, height, width = images.shape
     distance = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
     weights /= weights.sum(1, keepdim=True)
-    # Each channel of each image is a group of its own: a depthwise convolution of one big image.
-    groups = batch * channels
-    kernels = weights.repeat_interleave(channels, dim=0)[:, None]  # [B·3, 1, 2·radius + 1]
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    pixels = pixels.view(1, groups, height, width)
     pixels = F.pad(pixels, (radius, radius, radius, radius), mode="replicate")
-    pixels = F.conv2d(pixels, kernels[:, :, None, :], groups=groups)
-    pixels = F.conv2d(pixels, kernels[:, :, :, None], groups=groups)
-    return to_uint8(pixels.add_(0.5)).view_as(images)
+    return (convolve or convolved)(pixels, weights)
+
+
+def convolved(pixels: Tensor, weights: Tensor) -> Tensor:
+    """Convolve the inside of padded images along both axes.
+
+    Args:
+        pixels: float32 `[B, 3, H + 2·radius, W + 2·radius]`.
+        weights: float32 `[B, 2·radius + 1]`, symmetric.
+
+    Returns:
+        uint8 `[B, 3, H, W]`.
+    """
+    # Each channel of each image is a group of its own: a depthwise convolution of one big image.
+    groups = pixels.shape[0] * pixels.shape[1]
+    kernels = weights.repeat_interleave(pixels.shape[1], dim=0)[:, None]  # [B·3, 1, 2·radius + 1]
+    image = pixels.view(1, groups, *pixels.shape[2:])
+    image = F.conv2d(image, kernels[:, :, None, :], groups=groups)
+    image = F.conv2d(image, kernels[:, :, :, None], groups=groups)
+    return to_uint8(image.add_(0.5)).view(*pixels.shape[:2], *image.shape[2:])
+
+
+def shifted_sums(pixels: Tensor, weights: Tensor) -> Tensor:
+    """`convolved` as sums of shifted images, which compile to one loop over the pixels an axis."""
+    radius = weights.shape[1] // 2
+    for axis in (2, 3):
+        length = pixels.shape[axis] - 2 * radius
+        total = pixels.narrow(axis, radius, length) * per_image(weights[:, radius])
+        for near in range(radius):
+            one = pixels.narrow(axis, near, length)
+            other = pixels.narrow(axis, 2 * radius - near, length)
+            total = total + (one + other) * per_image(weights[:, near])
+        pixels = total
+    return to_uint8(pixels + 0.5)
 
 
 class GaussianBlur(Augmentation):
@@ -79,7 +113,11 @@ class GaussianBlur(Augmentation):
         self.sigma = sigma
         self.probability = probability
         # Small kernels are cheaper: images go in groups by the radius that their σ needs.
-        self.radii = range(2, math.ceil(4 * sigma[1]) + 2, 2)
+        self.radii = range(4, math.ceil(4 * sigma[1]) + 4, 4)
+        self.convolve = convolved
+
+    def compile(self) -> None:
+        self.convolve = torch.compile(shifted_sums, dynamic=True)
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         group = draw_chosen(batch, self.probability, generator)
@@ -88,13 +126,14 @@ class GaussianBlur(Augmentation):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         chosen, sigma = draws.host.unbind(1)
-        group = ((4 * sigma / 2).ceil() - 1).where(chosen == 0, -1).to(torch.int64)
-        functions = [partial(_blur, draws.device[:, 1], radius) for radius in self.radii]
+        group = (sigma.ceil() - 1).where(chosen == 0, -1).to(torch.int64)
+        functions = [partial(self._blurred, draws.device[:, 1], radius) for radius in self.radii]
         return apply_in_groups(images, group[:, None], functions)
 
-
-def _blur(sigma: Tensor, radius: int, images: Tensor, rows: Tensor, turn: int) -> Tensor:
-    return gaussian_blur(images, sigma[rows], radius)
+    def _blurred(
+        self, sigma: Tensor, radius: int, images: Tensor, rows: Tensor, turn: int
+    ) -> Tensor:
+        return gaussian_blur(images, sigma.index_select(0, rows), radius, self.convolve)
 
 
 class GridShuffle(Augmentation):
@@ -148,6 +187,10 @@ class RandomApply(Augmentation):
         self.choices = [augmentation] if otherwise is None else [augmentation, otherwise]
         # 0: the first, 1: the other; then the draws of the first and those of the other.
         self.columns = 1 + sum(choice.columns for choice in self.choices)
+
+    def compile(self) -> None:
+        for choice in self.choices:
+            choice.compile()
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         choice = torch.rand(batch, 1, generator=generator) >= self.probability

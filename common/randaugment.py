@@ -23,6 +23,7 @@ from common.image_ops import (
     brightness_,
     constant,
     contrast_,
+    levels_type,
     saturation_,
     to_uint8,
 )
@@ -109,36 +110,45 @@ def solarize_add(images: Tensor, value: float) -> Tensor:
     return solarize(images.clamp(max=255 - added).add_(added), 128)
 
 
-def sharpness(images: Tensor, value: float) -> Tensor:
-    """Away from the smoothed image by factor `value`; the outermost pixels stay as they are."""
-    height, width = images.shape[2:]
-    if min(height, width) < 3:
-        return images.clone()
-    pixels = images.to(torch.int16)
+def sharpness(
+    images: Tensor, value: float, sharpen: Callable[[Tensor, float], Tensor] | None = None
+) -> Tensor:
+    """Away from the smoothed image by factor `value`; the outermost pixels stay as they are.
+
+    Args:
+        sharpen: `sharpened_inside` (the default), or that compiled.
+    """
+    sharpened = images.clone()
+    if min(images.shape[2:]) >= 3:
+        sharpened[..., 1:-1, 1:-1] = (sharpen or sharpened_inside)(images, value)
+    return sharpened
+
+
+def sharpened_inside(images: Tensor, value: float) -> Tensor:
+    """`sharpness` of uint8 `[B, 3, H, W]` without the outermost pixels: `[B, 3, H − 2, W − 2]`."""
+    pixels = images.to(levels_type())
     columns = (pixels[..., :-2] + pixels[..., 1:-1]).add_(pixels[..., 2:])
     total = (columns[..., :-2, :] + columns[..., 1:-1, :]).add_(columns[..., 2:, :])
-    total.add_(pixels[..., 1:-1, 1:-1], alpha=4)
+    inside = pixels[..., 1:-1, 1:-1]
+    total.add_(inside, alpha=4)
     # Pillow's ⌊total/13 + ½⌋ by way of float32, where the nearest half is 1/26 away.
     smooth = total.to(torch.float32).mul_(1 / 13).add_(0.5).floor_()
-    inside = (..., slice(1, -1), slice(1, -1))
-    sharpened = images.clone()
-    sharpened[inside] = to_uint8(blend(smooth, images[inside].to(torch.float32), value))
-    return sharpened
+    return to_uint8(blend(smooth, inside.to(torch.float32, copy=True), value))
 
 
 def color(images: Tensor, value: float) -> Tensor:
     """Away from the image's grey by factor `value`."""
-    return saturation_(images.to(torch.int16), value).to(torch.uint8)
+    return to_uint8(saturation_(images.to(levels_type()), value))
 
 
 def contrast(images: Tensor, value: float) -> Tensor:
     """Away from the image's mean grey by factor `value`."""
-    return contrast_(images.to(torch.int16), value).to(torch.uint8)
+    return to_uint8(contrast_(images.to(levels_type()), value))
 
 
 def brightness(images: Tensor, value: float) -> Tensor:
     """Multiply by `value`."""
-    return brightness_(images.to(torch.int16), value).to(torch.uint8)
+    return to_uint8(brightness_(images.to(levels_type()), value))
 
 
 def _fixed(number: float) -> int:
@@ -326,8 +336,17 @@ class RandAugment(Augmentation):
         self.magnitude = magnitude
         self.translate_relative = translate_relative
         self.values = [low + magnitude / 30 * (high - low) for low, high, _ in STRENGTHS.values()]
+        self.operations = OPERATIONS
         # For each operation: its index, sign, and Cutout's centre x, y in pixels.
         self.columns = 4 * num_ops
+
+    def compile(self) -> None:
+        operations = dict(OPERATIONS)
+        for name in ("Color", "Contrast", "Brightness"):
+            operations[name] = torch.compile(OPERATIONS[name], dynamic=True)
+        sharpen = torch.compile(sharpened_inside, dynamic=True)
+        operations["Sharpness"] = partial(sharpness, sharpen=sharpen)
+        self.operations = operations
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         height, width = size
@@ -347,12 +366,12 @@ class RandAugment(Augmentation):
         groups = 2 * operation + (is_signed[operation] & (sign < 0))
         sides = {"TranslateX": images.shape[3], "TranslateY": images.shape[2]}
         functions = []
-        for name, value in zip(OPERATIONS, self.values, strict=True):
+        for name, value in zip(self.operations, self.values, strict=True):
             if self.translate_relative and name in sides:
                 value = self.magnitude * 100 * sides[name] / (30 * 224)
             for sign in (1, -1):
                 signed = sign * value if STRENGTHS[name][2] else value
-                functions.append(partial(_operate, OPERATIONS[name], signed, centres))
+                functions.append(partial(_operate, self.operations[name], signed, centres))
         return apply_in_groups(images, groups, functions)
 
 

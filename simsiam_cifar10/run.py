@@ -26,6 +26,7 @@ from torch import Tensor
 
 from common import distributed
 from common.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.compiler import require_compiler
 from common.datasets import Dataset, load_images
 from common.distributed import unwrap
 from common.dssl import loss_parts
@@ -81,7 +82,7 @@ class Config:
     seed: int = 0  # of weights, order, views and shapes
     device: str = "auto"  # auto: CUDA, else MPS, else CPU
     precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
-    compile: bool = False  # torch.compile the network
+    compile: bool = False  # torch.compile the network and the views' arithmetic
     run_dir: str = ""  # default: runs/simsiam_cifar10/<regime>-seed<k> in the repository
     fresh: bool = False  # start anew; what lies in run_dir is moved aside
 
@@ -104,6 +105,8 @@ def main(config: Config) -> None:
     check(config)
     ranks = distributed.start(config.device)
     device = ranks.device
+    if config.compile:
+        require_compiler(device)
     rows = ranks.share(config.batch_size)
     require(config.batch_size >= 2 * ranks.world_size, "--batch-size: BatchNorm needs 2 a process")
     heavy = heavy_augmentation(
@@ -180,6 +183,8 @@ def main(config: Config) -> None:
             progress.epoch = 1
             save()
 
+        if config.compile:  # after the picture, for whose few images it would not pay
+            view_maker.compile()
         for epoch in range(progress.epoch, last_epoch + 1):
             lr = warmup_cosine(epoch, config.epochs, config.warmup_epochs, peak_lr)
             optimiser.param_groups[0]["lr"] = lr

@@ -26,6 +26,7 @@ import tyro
 from torch import Tensor
 
 from common import distributed
+from common.compiler import require_compiler
 from common.distributed import unwrap
 from common.dssl import loss_parts
 from common.errors import StopRequested, require, run_script
@@ -77,7 +78,7 @@ class Config:
     seed: int = 0  # of weights, order and views
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
     precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
-    compile: bool = False  # torch.compile the network
+    compile: bool = False  # torch.compile the network and the views' arithmetic
     run_dir: str = ""  # default: runs/simsiam_imagenet/<regime>-seed<k> in the repository
     fresh: bool = False  # start anew; what lies in run_dir is moved aside
 
@@ -97,6 +98,8 @@ def main(config: Config) -> None:
     distributed.use_every_gpu(config.device)
     ranks = distributed.start(config.device)
     device = ranks.device
+    if config.compile:
+        require_compiler(device)
     rows = ranks.share(config.batch_size)
     require(config.batch_size >= 2 * ranks.world_size, "--batch-size: BatchNorm needs 2 a process")
     view_maker = ViewMaker(
@@ -165,6 +168,8 @@ def main(config: Config) -> None:
     size = (config.image_size, config.image_size)
     if saved is None and ranks.is_main:
         log.picture(picture_views(*crops.examples(view_maker)))
+    if config.compile:  # after the picture, for whose few images it would not pay
+        view_maker.compile()
     stop = StopFlag(ranks)
     bar = Bar(last_step, progress.steps(steps_per_epoch), ranks)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,8 @@ def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
         compile_module(module, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", all_but_the_last_stage)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setenv("CXX", sys.executable)  # none is called
     small = {name.replace("-", "_"): value for name, value in SMALL.items()}
     small |= {"data_root": str(folder), "backbone": "resnet10", "linear_epochs": 0, "knn_every": 0}
 

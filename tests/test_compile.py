@@ -1,0 +1,108 @@
+"""`compile` of augmentations: the same images; and what `--compile` needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+import simsiam_cifar10.run
+from assertions import assert_equal
+from common.cifar10 import standard_augmentation
+from common.compiler import require_compiler
+from common.errors import UserError
+from common.image_ops import Augmentation, Chain, Draws
+from common.photo_ops import GaussianBlur, GridShuffle, RandomApply, shifted_sums
+from common.randaugment import OPERATIONS, RandAugment
+from common.seeding import generator_for
+from common.views import ViewMaker
+from pillow_reference import pictures
+
+torch.set_num_threads(1)
+
+COUNT, SIZE = 48, (20, 27)
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
+COMPILER = pytest.param("inductor", marks=pytest.mark.skipif(not HAS_COMPILER, reason="no g++"))
+Traced = list[GraphModule]
+
+
+@pytest.fixture(params=["traced", COMPILER])
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Traced:
+    """torch.compile whole, or up to the traced operations, which need no C++ compiler."""
+    graphs: Traced = []
+
+    def run_traced(graph: GraphModule, example: list[torch.Tensor]) -> GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def run_compiled(graph: GraphModule, example: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return torch._inductor.compile(graph, example)
+
+    backend = run_traced if request.param == "traced" else run_compiled
+    compiled = partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch.compiler.reset()
+    return graphs
+
+
+def apply(augmentation: Augmentation, seed: int) -> torch.Tensor:
+    draws = augmentation.draw(COUNT, SIZE, generator_for("views", seed))
+    return augmentation.apply(pictures(COUNT, SIZE), Draws.of(draws))
+
+
+def test_compiled_views_are_the_same_to_the_bit(traced: Traced) -> None:
+    """A crop, ColorJitter's four adjustments, grey, and RandAugment's four in floating point."""
+    images = pictures(COUNT, SIZE)
+    heavy = RandomApply(RandAugment(2, 9), 0.9, otherwise=GridShuffle(4))
+    maker = ViewMaker(Chain(standard_augmentation(16)), heavy, "dssl")
+    draws = [maker.draw(COUNT, SIZE, generator_for("views", seed)) for seed in range(3)]
+    plain = [maker.make(images, numbers) for numbers in draws]
+    assert not traced
+    maker.compile()
+    for views, numbers in zip(plain, draws, strict=True):
+        for name, view in maker.make(images, numbers)._asdict().items():
+            assert_equal(view, getattr(views, name), name)
+    assert len(traced) >= 10
+    assert set(OPERATIONS) == set(heavy.choices[0].operations)
+
+
+def test_compiled_blur_is_the_same_but_for_rounding(traced: Traced) -> None:
+    blur = GaussianBlur(probability=1)
+    plain = apply(blur, seed=0).int()
+    blur.compile()
+    apart = (apply(blur, seed=0).int() - plain).abs()
+    assert len(traced) >= 2  # a radius each
+    assert apart.max() <= 1
+    assert (apart > 0).float().mean() < 1e-3
+
+
+def test_shifted_sums_by_hand() -> None:
+    """(1 2 1)/4 along both axes, the outermost pixels of 3 × 4 given."""
+    pixels = torch.tensor([[0.0, 16, 32, 0], [16, 64, 0, 0], [0, 16, 16, 160]]).expand(1, 3, 3, 4)
+    # Down the columns 24, … : (0 + 32 + 0)/4 = 8, (16 + 128 + 16)/4 = 40, (32 + 0 + 16)/4 = 12 and
+    # (0 + 0 + 160)/4 = 40; then across (8 + 80 + 12)/4 = 25 and (40 + 24 + 40)/4 = 26.
+    result = shifted_sums(pixels, torch.tensor([[0.25, 0.5, 0.25]]))
+    assert result.dtype == torch.uint8
+    assert result.tolist() == [[[[25, 26]]] * 3]
+
+
+def test_without_a_compiler_a_run_stops_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = simsiam_cifar10.run.Config(
+        device="cpu", compile=True, dataset="shapes", run_dir=str(tmp_path / "run")
+    )
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler.*no-such-compiler"):
+        simsiam_cifar10.run.main(config)
+    assert not (tmp_path / "run").exists()
+    require_compiler(torch.device("cuda"))  # it brings its own
+    monkeypatch.setenv("CXX", sys.executable)
+    require_compiler(torch.device("cpu"))
