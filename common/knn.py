@@ -44,8 +44,9 @@ def knn_predict(
     queries = F.normalize(queries.float(), dim=1)
     bank = F.normalize(bank.float(), dim=1).T.contiguous()
     here = min(neighbours, bank.shape[1])
-    predictions = []
-    for chunk in queries.split(QUERIES):
+    # Filled in place: small tensors kept from each chunk would cut up the memory that it frees.
+    predictions = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
+    for chunk, predicted in zip(queries.split(QUERIES), predictions.split(QUERIES), strict=True):
         cosine, index = (chunk @ bank).topk(here, dim=1)
         labels = bank_labels[index]
         if ranks is not None and ranks.world_size > 1:
@@ -57,8 +58,8 @@ def knn_predict(
         votes = torch.zeros(len(chunk), num_classes, device=chunk.device)
         # All votes divided by exp(1/τ), so that no small τ overflows.
         votes.scatter_add_(1, labels, ((cosine - 1) / temperature).exp())
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
+        torch.argmax(votes, dim=1, out=predicted)
+    return predictions
 
 
 def knn_accuracy(
