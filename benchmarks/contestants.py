@@ -25,6 +25,10 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from common.compiler import require_compiler
+from common.image_ops import Augmentation
+from common.views import ViewMaker
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import pillow_reference
 
@@ -193,3 +197,15 @@ def others(
         "torchvision v2, one draw for the batch": torchvision_v2,
     }
     return {name: partial(make(size, has_blur), images) for name, make in makers.items()}
+
+
+def ours(
+    make: Callable[[ViewMaker], None],
+    standard: Callable[[], Augmentation],
+    heavy: Callable[[], Augmentation],
+) -> dict[str, Callable[[], object]]:
+    """Our contestants: views made by T and T̂, compiled and as they are."""
+    require_compiler(torch.device("cpu"))
+    compiled, plain = (ViewMaker(standard(), heavy(), "dssl") for _ in range(2))
+    compiled.compile()
+    return {"this project, compiled": partial(make, compiled), "this project": partial(make, plain)}

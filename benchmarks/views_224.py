@@ -28,17 +28,9 @@ def main(options: Options) -> None:
     images = contestants.photographs(BATCH, 375, 500)
     decoded = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     crops = RandomCrops(decoded, 2, SIZE, CROP_SCALE, 0, False)
-    maker, compiled = (
-        ViewMaker(
-            standard_augmentation(),
-            heavy_augmentation(contestants.NUM_OPS, contestants.MAGNITUDE),
-            "dssl",
-        )
-        for _ in range(2)
-    )
-    compiled.compile()
+    heavy = partial(heavy_augmentation, contestants.NUM_OPS, contestants.MAGNITUDE)
 
-    def ours(maker: ViewMaker) -> None:
+    def make(maker: ViewMaker) -> None:
         (first, second), _ = stack([crops[0, index] for index in range(BATCH)])
         draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
         for view in maker.make(first.contiguous(), draws, second.contiguous()):
@@ -48,8 +40,7 @@ def main(options: Options) -> None:
         "four views at 224 px from 500 × 375, one core",
         {
             **contestants.others(images, SIZE, has_blur=True),
-            "this project, compiled": partial(ours, compiled),
-            "this project": partial(ours, maker),
+            **contestants.ours(make, standard_augmentation, heavy),
         },
         options,
         items=BATCH,

@@ -27,17 +27,9 @@ def main(options: Options) -> None:
     keep_freed_memory()  # as every run on a CPU does
     images = contestants.photographs(BATCH, SIZE, SIZE)
     held = contestants.to_batch(images)  # as simsiam_cifar10 holds CIFAR-10 in memory
-    maker, compiled = (
-        ViewMaker(
-            standard_augmentation(SIZE),
-            RandAugment(contestants.NUM_OPS, contestants.MAGNITUDE),
-            "dssl",
-        )
-        for _ in range(2)
-    )
-    compiled.compile()
+    heavy = partial(RandAugment, contestants.NUM_OPS, contestants.MAGNITUDE)
 
-    def ours(maker: ViewMaker) -> None:
+    def make(maker: ViewMaker) -> None:
         draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
         for view in maker.make(held, draws):
             normalise(view, contestants.MEAN, contestants.STD)
@@ -46,8 +38,7 @@ def main(options: Options) -> None:
         "four views at 32 px, one core",
         {
             **contestants.others(images, SIZE, has_blur=False),
-            "this project, compiled": partial(ours, compiled),
-            "this project": partial(ours, maker),
+            **contestants.ours(make, partial(standard_augmentation, SIZE), heavy),
         },
         options,
         items=BATCH,

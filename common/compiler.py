@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -12,17 +14,27 @@ from common.errors import require
 
 
 def require_compiler(device: torch.device) -> None:
-    """Refuse `--compile` on a CPU without a C++ compiler, where its first step would fail.
+    """Refuse `--compile` where its first step would fail, on Linux or macOS, on a CPU or with CUDA.
 
     Raises:
-        UserError: with the way out.
+        UserError: without a compiler or Python's headers.
     """
-    if device.type != "cpu" or sys.platform == "win32":
+    if device.type not in ("cpu", "cuda") or sys.platform == "win32":
         return
-    # As torch finds it.
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    # The compilers that torch, or Triton, would call.
+    variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    if device.type == "cuda":
+        variable, names = "CC", ["gcc", "clang"]
+    if variable in os.environ:
+        names = [os.environ[variable]]
     require(
-        shutil.which(compiler) is not None,
-        f"--compile needs a C++ compiler, and there is no {compiler}: install it, name another in "
-        "the environment variable CXX, or leave --compile out",
+        any(shutil.which(name) for name in names),
+        f"--compile needs a compiler, and there is no {' or '.join(names)}: install it, name "
+        f"another in the environment variable {variable}, or leave --compile out",
+    )
+    include = Path(sysconfig.get_paths()["include"])
+    require(
+        (include / "Python.h").exists(),
+        f"--compile needs Python's headers, and there is no {include / 'Python.h'}: install them "
+        "(on Debian and Ubuntu, python3-dev), or leave --compile out",
     )

@@ -73,7 +73,8 @@ class Augmentation(ABC):
     def compile(self) -> None:  # noqa: B027 (for some there is nothing to compile)
         """From now on use `torch.compile` where it is faster, as `nn.Module.compile` does.
 
-        The images stay the same: to the bit but for blurred ones, within float32's rounding there.
+        On a CPU the images stay the same to the bit, but where a blurred value is within float32's
+        rounding of a half, and what follows there.
         """
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -272,7 +273,8 @@ class ColorJitter(Augmentation):
         self.work_type = torch.int16
 
     def compile(self) -> None:
-        self.adjustments = [torch.compile(function, dynamic=True) for function in ADJUSTMENTS]
+        compiled = [torch.compile(function, dynamic=True) for function in ADJUSTMENTS]
+        self.adjustments = [partial(_on_copy, function) for function in compiled]
         self.work_type = torch.uint8
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -303,6 +305,14 @@ def _adjust(
     turn: int,
 ) -> Tensor:
     return adjustment(levels, parameter.index_select(0, rows))
+
+
+def _on_copy(
+    adjustment: Callable[[Tensor, Tensor], Tensor], levels: Tensor, parameter: Tensor
+) -> Tensor:
+    # A copy starts at offset 0, for which code is compiled once, and is aligned: on GPUs releases
+    # before pytorch/pytorch#154442 lose what changes in place elsewhere.
+    return adjustment(levels.clone(), parameter)
 
 
 def draw_chosen(batch: int, probability: float, generator: torch.Generator) -> Tensor:
@@ -388,9 +398,10 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     rows = rows.expand(len(images), -1, -1)
     columns = columns.expand(len(images), -1, -1)
-    # On a CPU in parts that its caches hold: half the time of 1,024 images of 32 px at once.
-    pixels = 2**17 if images.device.type == "cpu" else images[:, 0].numel()
-    at_once = max(1, pixels // (images.shape[2] * images.shape[3]))
+    at_once = max(1, len(images))
+    if images.device.type == "cpu":
+        # What its caches hold: half the time of 1,024 images of 32 px at once.
+        at_once = max(1, 2**17 // (images.shape[2] * images.shape[3]))
     parts = zip(images.split(at_once), rows.split(at_once), columns.split(at_once), strict=True)
     return torch.cat([_resample(*part) for part in parts])
 

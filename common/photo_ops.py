@@ -32,34 +32,6 @@ class RandomFlip(Augmentation):
         return apply_in_groups(images, groups, [lambda part, rows, turn: part.flip(3)])
 
 
-def gaussian_blur(
-    images: Tensor,
-    sigma: Tensor,
-    radius: int,
-    convolve: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Convolve each image with its own Gaussian, exp(−d²/2σ²) for |d| ≤ radius, normalised.
-
-    Along one axis, then the other, in float32, rounded once at the end: within rounding of the
-    exact sum.
-
-    Args:
-        images: uint8 `[B, 3, H, W]`; the outermost pixels are repeated beyond the border.
-        sigma: float32 `[B]`, above 0, in pixels.
-        radius: of the kernel, in pixels, the same for all.
-        convolve: `convolved` (the default) or a compiled `shifted_sums`.
-
-    Returns:
-        uint8 `[B, 3, H, W]`.
-    """
-    distance = torch.arange(-radius, radius + 1, device=images.device)
-    weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
-    weights /= weights.sum(1, keepdim=True)
-    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    pixels = F.pad(pixels, (radius, radius, radius, radius), mode="replicate")
-    return (convolve or convolved)(pixels, weights)
-
-
 def convolved(pixels: Tensor, weights: Tensor) -> Tensor:
     """Convolve the inside of padded images along both axes.
 
@@ -93,6 +65,34 @@ def shifted_sums(pixels: Tensor, weights: Tensor) -> Tensor:
     return to_uint8(pixels + 0.5)
 
 
+def gaussian_blur(
+    images: Tensor,
+    sigma: Tensor,
+    radius: int,
+    convolve: Callable[[Tensor, Tensor], Tensor] = convolved,
+) -> Tensor:
+    """Convolve each image with its own Gaussian, exp(−d²/2σ²) for |d| ≤ radius, normalised.
+
+    Along one axis, then the other, in float32, rounded once at the end: within rounding of the
+    exact sum.
+
+    Args:
+        images: uint8 `[B, 3, H, W]`; the outermost pixels are repeated beyond the border.
+        sigma: float32 `[B]`, above 0, in pixels.
+        radius: of the kernel, in pixels, the same for all.
+        convolve: `convolved`, or a compiled `shifted_sums`.
+
+    Returns:
+        uint8 `[B, 3, H, W]`.
+    """
+    distance = torch.arange(-radius, radius + 1, device=images.device)
+    weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
+    weights /= weights.sum(1, keepdim=True)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = F.pad(pixels, (radius, radius, radius, radius), mode="replicate")
+    return convolve(pixels, weights)
+
+
 class GaussianBlur(Augmentation):
     """Blur an image with this probability by a Gaussian whose σ is drawn for it uniformly.
 
@@ -117,6 +117,7 @@ class GaussianBlur(Augmentation):
         self.convolve = convolved
 
     def compile(self) -> None:
+        # Once for each radius and for groups of one image; torch falls back beyond eight times.
         self.convolve = torch.compile(shifted_sums, dynamic=True)
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -110,20 +110,6 @@ def solarize_add(images: Tensor, value: float) -> Tensor:
     return solarize(images.clamp(max=255 - added).add_(added), 128)
 
 
-def sharpness(
-    images: Tensor, value: float, sharpen: Callable[[Tensor, float], Tensor] | None = None
-) -> Tensor:
-    """Away from the smoothed image by factor `value`; the outermost pixels stay as they are.
-
-    Args:
-        sharpen: `sharpened_inside` (the default), or that compiled.
-    """
-    sharpened = images.clone()
-    if min(images.shape[2:]) >= 3:
-        sharpened[..., 1:-1, 1:-1] = (sharpen or sharpened_inside)(images, value)
-    return sharpened
-
-
 def sharpened_inside(images: Tensor, value: float) -> Tensor:
     """`sharpness` of uint8 `[B, 3, H, W]` without the outermost pixels: `[B, 3, H − 2, W − 2]`."""
     pixels = images.to(levels_type())
@@ -134,6 +120,22 @@ def sharpened_inside(images: Tensor, value: float) -> Tensor:
     # Pillow's ⌊total/13 + ½⌋ by way of float32, where the nearest half is 1/26 away.
     smooth = total.to(torch.float32).mul_(1 / 13).add_(0.5).floor_()
     return to_uint8(blend(smooth, inside.to(torch.float32, copy=True), value))
+
+
+def sharpness(
+    images: Tensor,
+    value: float,
+    sharpen: Callable[[Tensor, float], Tensor] = sharpened_inside,
+) -> Tensor:
+    """Away from the smoothed image by factor `value`; the outermost pixels stay as they are.
+
+    Args:
+        sharpen: `sharpened_inside`, or that compiled.
+    """
+    sharpened = images.clone()
+    if min(images.shape[2:]) >= 3:
+        sharpened[..., 1:-1, 1:-1] = sharpen(images, value)
+    return sharpened
 
 
 def color(images: Tensor, value: float) -> Tensor:
