@@ -44,8 +44,8 @@ def machine() -> str:
 class Apart:
     """A contestant in a process of its own, since what it changes holds for a whole process.
 
-    Our runs tell the C library to keep freed memory (`common.memory`), which the authors' scripts
-    do not: in one process the yardstick would profit from it.
+    Our runs tell the C library to keep freed memory (`common.runtime.memory`), which the authors'
+    scripts do not: in one process the yardstick would profit from it.
 
     Args:
         prepare: makes the contestant in that process; a function of a module, or a partial of one.

@@ -25,8 +25,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from common.compiler import require_compiler
-from common.image_ops import Augmentation
+from common.augment.base import Augmentation
+from common.runtime.compiler import require_compiler
 from common.views import ViewMaker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import contestants
-from common.cifar10 import MEAN, STD, centre_view, normalised
-from common.distributed import Ranks
-from common.features import extract_features
-from common.memory import keep_freed_memory
-from common.precision import autocast, has_native_bf16
-from common.resnet import CifarResNet
+from common.augment.cifar10 import MEAN, STD, centre_view, normalised
+from common.evaluation.features import extract_features
+from common.networks.resnet import CifarResNet
+from common.runtime.memory import keep_freed_memory
+from common.runtime.precision import autocast, has_native_bf16
+from common.runtime.ranks import Ranks
 from contest import Options, apart, compare
 
 COUNT = 1000

@@ -20,12 +20,12 @@ from functools import partial
 import torch
 import tyro
 
-from common.cifar10 import centre_view, normalised, standard_augmentation
+from common.augment.cifar10 import centre_view, normalised, standard_augmentation
+from common.augment.randaugment import RandAugment
 from common.dssl import loss_parts
-from common.knn import knn_predict
-from common.memory import keep_freed_memory
-from common.randaugment import RandAugment
-from common.seeding import generator_for
+from common.evaluation.knn import knn_predict
+from common.runtime.memory import keep_freed_memory
+from common.runtime.seeding import generator_for
 from common.views import ViewMaker
 from contest import machine
 from simsiam_cifar10.loss import pull

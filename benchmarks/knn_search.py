@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from common.knn import NEIGHBOURS, TEMPERATURE, knn_predict
-from common.memory import keep_freed_memory
+from common.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_predict
+from common.runtime.memory import keep_freed_memory
 from contest import Options, apart, compare
 
 BANK, QUERIES, DIM, CLASSES = 50_000, 10_000, 512, 10

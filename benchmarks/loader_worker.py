@@ -18,10 +18,10 @@ from PIL import Image
 
 import byol_harder_aug_imagenet.augmentation
 import contestants
-from common.datasets import list_images
-from common.imagenet import CROP_SCALE
-from common.memory import keep_freed_memory
-from common.photographs import RandomCrops, stack
+from common.augment.imagenet import CROP_SCALE
+from common.data.listing import list_images
+from common.data.photographs import RandomCrops, stack
+from common.runtime.memory import keep_freed_memory
 from contest import Options, compare
 
 COUNT, SIZE = 64, 224

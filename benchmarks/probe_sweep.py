@@ -18,11 +18,11 @@ from tempfile import TemporaryDirectory
 import torch
 import tyro
 
-from common.distributed import Ranks
-from common.linear_evaluation import Config, cached_batches, fit
-from common.linear_probe import new_classifier
-from common.memory import keep_freed_memory
-from common.stop import StopFlag
+from common.evaluation.classifier import new_classifier
+from common.evaluation.test_runner import Config, cached_batches, fit
+from common.runtime.memory import keep_freed_memory
+from common.runtime.ranks import Ranks
+from common.training.signals import StopFlag
 from contest import Options, compare
 
 RATES = tuple(0.01 * 1.3**step for step in range(20))

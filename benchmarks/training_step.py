@@ -25,14 +25,14 @@ from torch import Tensor, nn
 import byol_cifar10.loss
 import simsiam_cifar10.loss
 from byol_cifar10.model import online_network
-from common.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.augment.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.augment.randaugment import RandAugment
+from common.data.shapes import shapes
 from common.dssl import loss_parts, own_projection
-from common.ema import make_target, update
-from common.memory import keep_freed_memory
-from common.precision import Precision, autocast, has_native_bf16
-from common.randaugment import RandAugment
-from common.seeding import generator_for
-from common.shapes import shapes
+from common.networks.ema import make_target, update
+from common.runtime.memory import keep_freed_memory
+from common.runtime.precision import Precision, autocast, has_native_bf16
+from common.runtime.seeding import generator_for
 from common.views import ViewMaker, Views
 from contest import Options, apart, compare
 from simsiam_cifar10.model import SimSiam

@@ -11,10 +11,10 @@ import torch
 import tyro
 
 import contestants
-from common.imagenet import CROP_SCALE, normalised, standard_augmentation
-from common.memory import keep_freed_memory
-from common.photographs import RandomCrops, stack
-from common.seeding import generator_for
+from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
+from common.data.photographs import RandomCrops, stack
+from common.runtime.memory import keep_freed_memory
+from common.runtime.seeding import generator_for
 from common.views import ViewMaker
 from contest import Options, compare
 from simsiam_imagenet.augmentation import heavy_augmentation

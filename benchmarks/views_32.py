@@ -11,11 +11,11 @@ import torch
 import tyro
 
 import contestants
-from common.cifar10 import standard_augmentation
-from common.image_ops import normalise
-from common.memory import keep_freed_memory
-from common.randaugment import RandAugment
-from common.seeding import generator_for
+from common.augment.cifar10 import standard_augmentation
+from common.augment.normalise import normalise
+from common.augment.randaugment import RandAugment
+from common.runtime.memory import keep_freed_memory
+from common.runtime.seeding import generator_for
 from common.views import ViewMaker
 from contest import Options, compare
 

@@ -1,9 +1,9 @@
-"""BYOL's online network for CIFAR-10; the target network is a copy (`common/ema.py`)."""
+"""BYOL's online network for CIFAR-10; the target network is a copy (`common/networks/ema.py`)."""
 
 from __future__ import annotations
 
-from common.byol import BYOL
-from common.resnet import CifarDepth, CifarResNet
+from common.networks.byol import BYOL
+from common.networks.resnet import CifarDepth, CifarResNet
 
 
 def online_network(

@@ -34,24 +34,24 @@ from torch import Tensor
 from byol_cifar10.augmentation import heavy_augmentation
 from byol_cifar10.loss import pull
 from byol_cifar10.model import online_network
-from common import distributed
-from common.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
-from common.compiler import require_compiler
-from common.datasets import Dataset, load_images
-from common.distributed import unwrap
+from common.augment.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.data.in_memory import Dataset, load_images
 from common.dssl import loss_parts
-from common.ema import make_target, update
-from common.errors import StopRequested, require, run_script
-from common.evaluation import Evaluation
-from common.meter import Meter, require_finite
-from common.picture import PICTURED, picture_views
-from common.precision import Precision, autocast
-from common.progress import Bar, Progress
-from common.resnet import CifarDepth
-from common.run_log import REPOSITORY, RunLog
-from common.schedule import warmup_cosine
-from common.seeding import epoch_order, generator_for
-from common.stop import StopFlag
+from common.evaluation.in_memory import Evaluation
+from common.networks.ema import make_target, update
+from common.networks.resnet import CifarDepth
+from common.runtime import ranks as distributed
+from common.runtime.compiler import require_compiler
+from common.runtime.errors import StopRequested, require, run_script
+from common.runtime.precision import Precision, autocast
+from common.runtime.ranks import unwrap
+from common.runtime.seeding import epoch_order, generator_for
+from common.training.meter import Meter, require_finite
+from common.training.picture import PICTURED, picture_views
+from common.training.progress import Bar, Progress
+from common.training.run_folder import REPOSITORY, RunLog
+from common.training.schedule import warmup_cosine
+from common.training.signals import StopFlag
 from common.views import Regime, ViewMaker
 
 

@@ -1,14 +1,17 @@
-"""What byol_harder_aug_imagenet adds to the standard view T of `common/imagenet.py`.
+"""What byol_harder_aug_imagenet adds to the standard view T of `common/augment/imagenet.py`.
 
 T begins with RandAugment on the whole photograph, before the crop, so that stands in the workers.
 """
 
 from __future__ import annotations
 
-from common.image_ops import Augmentation, Chain, ColorJitter, RandomGrey, RandomResizedCropFlip
-from common.imagenet import CROP_SCALE
-from common.photo_ops import GaussianBlur, GridShuffle, RandomApply
-from common.randaugment import RandAugment
+from common.augment.base import Augmentation, Chain, RandomApply
+from common.augment.blur import GaussianBlur
+from common.augment.colour import ColorJitter, RandomGrey
+from common.augment.crop import RandomResizedCropFlip
+from common.augment.grid_shuffle import GridShuffle
+from common.augment.imagenet import CROP_SCALE
+from common.augment.randaugment import RandAugment
 
 
 def whole_augmentation(num_ops: int, magnitude: int) -> Augmentation | None:

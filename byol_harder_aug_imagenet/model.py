@@ -1,9 +1,9 @@
-"""BYOL's online network for ImageNet; the target network is a copy (`common/ema.py`)."""
+"""BYOL's online network for ImageNet; the target network is a copy (`common/networks/ema.py`)."""
 
 from __future__ import annotations
 
-from common.byol import BYOL
-from common.resnet import Depth, imagenet_resnet
+from common.networks.byol import BYOL
+from common.networks.resnet import Depth, imagenet_resnet
 
 
 def online_network(architecture: Depth, hidden_dim: int, projector_dim: int) -> BYOL:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from common.collapse import spread
-from common.distributed import no_sync
+from common.losses.collapse import spread
+from common.runtime.ranks import no_sync
 from common.views import Regime, Views
 
 

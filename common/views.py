@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.image_ops import Augmentation, Draws
+from common.augment.base import Augmentation, Draws
 
 Regime = Literal["baseline", "joint", "dssl"]
 

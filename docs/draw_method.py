@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.cifar10 import standard_augmentation
-from common.randaugment import RandAugment
-from common.seeding import generator_for
-from common.shapes import shapes
+from common.augment.cifar10 import standard_augmentation
+from common.augment.randaugment import RandAugment
+from common.data.shapes import shapes
+from common.runtime.seeding import generator_for
 from common.views import ViewMaker
 
 SIZE = 200  # of a view, pixels

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.distributed import Ranks
-from common.similarity import cosines
+from common.losses.cosine import cosines
+from common.runtime.ranks import Ranks
 
 
 def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float, ranks: Ranks) -> Tensor:

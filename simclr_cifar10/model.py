@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from common.head import head
-from common.resnet import CifarDepth, CifarResNet
+from common.networks.head import head
+from common.networks.resnet import CifarDepth, CifarResNet
 
 
 class SimCLR(nn.Module):

@@ -1,9 +1,9 @@
-"""The heavy view of simsiam_cifar10; its standard view T is `common/cifar10.py`'s."""
+"""The heavy view of simsiam_cifar10; its standard view T is `common/augment/cifar10.py`'s."""
 
 from __future__ import annotations
 
-from common.image_ops import Augmentation
-from common.randaugment import RandAugment
+from common.augment.base import Augmentation
+from common.augment.randaugment import RandAugment
 
 
 def heavy_augmentation(num_ops: int, magnitude: int, translate_relative: bool) -> Augmentation:

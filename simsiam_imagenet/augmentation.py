@@ -1,10 +1,10 @@
-"""The heavy view of simsiam_imagenet; its standard view T is `common/imagenet.py`'s."""
+"""The heavy view of simsiam_imagenet; its standard view T is `common/augment/imagenet.py`'s."""
 
 from __future__ import annotations
 
-from common.image_ops import Augmentation
-from common.photo_ops import GridShuffle, RandomApply
-from common.randaugment import RandAugment
+from common.augment.base import Augmentation, RandomApply
+from common.augment.grid_shuffle import GridShuffle
+from common.augment.randaugment import RandAugment
 
 
 def heavy_augmentation(num_ops: int, magnitude: int) -> Augmentation:

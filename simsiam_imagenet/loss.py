@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from common.similarity import negative_cosine
+from common.losses.cosine import negative_cosine
 
 
 def pull(p: Tensor, z: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from common.head import head
-from common.resnet import Depth, imagenet_resnet
+from common.networks.head import head
+from common.networks.resnet import Depth, imagenet_resnet
 
 
 class SimSiam(nn.Module):

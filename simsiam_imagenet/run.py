@@ -25,22 +25,23 @@ import torch
 import tyro
 from torch import Tensor
 
-from common import distributed
-from common.compiler import require_compiler
-from common.distributed import unwrap
+from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
+from common.data.loader import CropLoader, Loading
+from common.data.photographs import RandomCrops, find_photographs
 from common.dssl import loss_parts
-from common.errors import StopRequested, require, run_script
-from common.imagenet import CROP_SCALE, normalised, standard_augmentation
-from common.meter import Meter, require_finite
-from common.photographs import CropLoader, Loading, RandomCrops, find_photographs
-from common.picture import picture_views
-from common.precision import Precision, autocast
-from common.progress import Bar, Progress
-from common.resnet import Depth
-from common.run_log import REPOSITORY, RunLog
-from common.schedule import cosine
-from common.seeding import generator_for
-from common.stop import StopFlag
+from common.networks.resnet import Depth
+from common.runtime import ranks as distributed
+from common.runtime.compiler import require_compiler
+from common.runtime.errors import StopRequested, require, run_script
+from common.runtime.precision import Precision, autocast
+from common.runtime.ranks import unwrap
+from common.runtime.seeding import generator_for
+from common.training.meter import Meter, require_finite
+from common.training.picture import picture_views
+from common.training.progress import Bar, Progress
+from common.training.run_folder import REPOSITORY, RunLog
+from common.training.schedule import cosine
+from common.training.signals import StopFlag
 from common.views import Regime, ViewMaker
 from simsiam_imagenet.augmentation import heavy_augmentation
 from simsiam_imagenet.loss import pull

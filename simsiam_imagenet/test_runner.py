@@ -5,15 +5,15 @@
 with --data-root DIR, which holds train/<class>/* and val/<class>/*; on every GPU of the machine,
 under torchrun as run.py.
 The protocol and its settings are those of every ImageNet experiment: `Config` in
-`common/linear_evaluation.py`. Typing the same command again continues.
+`common/evaluation/test_runner.py`. Typing the same command again continues.
 """
 
 from __future__ import annotations
 
 import tyro
 
-from common.errors import run_script
-from common.linear_evaluation import Config, main
+from common.evaluation.test_runner import Config, main
+from common.runtime.errors import run_script
 
 if __name__ == "__main__":
     run_script(main, tyro.cli(Config, description=__doc__))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.shapes import CLASS_NAMES, shapes
+from common.data.shapes import CLASS_NAMES, shapes
 
 
 @pytest.fixture(scope="session")

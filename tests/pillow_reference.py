@@ -1,7 +1,7 @@
 """RandAugment's sixteen operations as Pillow computes them, one image at a time.
 
-This is the definition that `common/randaugment.py` has to meet bit for bit, written for plainness
-rather than speed. It also makes the pictures for the tests, so that they need no data set.
+`common/augment/operations.py` has to equal it bit for bit. It is written for plainness rather than
+speed. It also makes the pictures for the tests, so that they need no data set.
 """
 
 from collections.abc import Callable, Sequence

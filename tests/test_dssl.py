@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.distributed import Ranks
 from common.dssl import loss_parts
+from common.runtime.ranks import Ranks
 from common.views import Views
 from simclr_cifar10.loss import nt_xent
 from simsiam_cifar10.loss import pull

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.resnet import CifarResNet
-from common.shapes import shapes
+from common.data.shapes import shapes
+from common.networks.resnet import CifarResNet
 from simsiam_cifar10.model import SimSiam
 
 ROOT = Path(__file__).resolve().parent.parent

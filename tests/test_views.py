@@ -13,11 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from assertions import assert_equal
-from common.distributed import Ranks
-from common.image_ops import Chain, ColorJitter, Draws, RandomGrey, RandomResizedCropFlip
-from common.picture import picture_views
-from common.randaugment import RandAugment
-from common.seeding import epoch_order, generator_for
+from common.augment.base import Chain, Draws
+from common.augment.colour import ColorJitter, RandomGrey
+from common.augment.crop import RandomResizedCropFlip
+from common.augment.randaugment import RandAugment
+from common.runtime.ranks import Ranks
+from common.runtime.seeding import epoch_order, generator_for
+from common.training.picture import picture_views
 from common.views import Regime, ViewMaker, Views
 from pillow_reference import pictures, to_pillow, to_tensor
 
@@ -144,7 +146,7 @@ def test_streams_do_not_depend_on_the_process() -> None:
     """A new process has another hash seed and other global generators."""
     program = (
         "import torch\n"
-        "from common.seeding import epoch_order, generator_for\n"
+        "from common.runtime.seeding import epoch_order, generator_for\n"
         "torch.manual_seed(12345)\n"
         "for key in ((0, 1, 2), (2**40, 7, 0)):\n"
         "    print(*torch.randint(2**62, (4,), generator=generator_for('views', *key)).tolist())\n"

@@ -25,12 +25,12 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
-from common.cifar10 import IMAGE_SIZE
-from common.datasets import load_cifar10
-from common.distributed import Ranks
-from common.errors import StopRequested, UserError, run_script
-from common.run_log import REPOSITORY
-from common.stop import StopFlag
+from common.augment.cifar10 import IMAGE_SIZE
+from common.data.in_memory import load_cifar10
+from common.runtime.errors import StopRequested, UserError, run_script
+from common.runtime.ranks import Ranks
+from common.training.run_folder import REPOSITORY
+from common.training.signals import StopFlag
 
 RESULTS = Path(__file__).resolve().parent
 RUNS = REPOSITORY / "runs" / "miniature"

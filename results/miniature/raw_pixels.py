@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 import tyro
 
-from common.cifar10 import IMAGE_SIZE, centre_view, normalised
-from common.datasets import load_images
-from common.distributed import Ranks
-from common.errors import require, run_script
-from common.knn import knn_predict
-from common.run_log import REPOSITORY
+from common.augment.cifar10 import IMAGE_SIZE, centre_view, normalised
+from common.data.in_memory import load_images
+from common.evaluation.knn import knn_predict
+from common.runtime.errors import require, run_script
+from common.runtime.ranks import Ranks
+from common.training.run_folder import REPOSITORY
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,349 @@
+"""Linear evaluation on photographs: what test_runner.py runs for every ImageNet experiment."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.augment.base import Draws
+from common.augment.crop import RandomFlip
+from common.augment.imagenet import normalised
+from common.data.loader import CropLoader, Loading, load
+from common.data.photographs import CentreCrops, Photograph, RandomCrops, find_photographs, unpack
+from common.evaluation.accuracy import EVALUATION_BATCH, count_right, sweep_table
+from common.evaluation.classifier import (
+    Batches,
+    Classifiers,
+    batches_of_epoch,
+    new_classifier,
+    train_classifier,
+)
+from common.evaluation.knn import knn_predict
+from common.networks.resnet import Depth, imagenet_resnet
+from common.runtime import ranks as distributed
+from common.runtime.errors import StopRequested, UserError, require
+from common.runtime.precision import Precision, autocast
+from common.runtime.ranks import Ranks
+from common.runtime.seeding import generator_for
+from common.training.checkpoint import Checkpoints, read_checkpoint
+from common.training.larc import LARC
+from common.training.run_folder import MAY_CHANGE, REPOSITORY
+from common.training.schedule import cosine
+from common.training.signals import StopFlag
+
+CROP_SCALE = (0.08, 1.0)  # area of a training crop, as a share of the photograph's
+
+
+@dataclass(frozen=True)
+class Config:
+    pretrained: str  # last.pt or backbone.pt of a run, or a ResNet's state dict as torchvision's
+    # data
+    dataset: Literal["folder", "shapes"] = "folder"  # photographs, or generated shapes for a try
+    data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, val/<class>/*
+    image_size: int = 224  # pixels; evaluation resizes to 8/7 of it and cuts the centre
+    workers: int = -1  # loader processes of each rank; -1: the machine's cores among its ranks
+    skip_broken: bool = False  # in place of a training file that cannot be decoded take the next
+    # model
+    backbone: Depth = "resnet50"  # what was pretrained
+    # optimisation: LARC over SGD, no weight decay
+    epochs: int = 90  # of a cosine, no warm-up
+    batch_size: int = 4096  # global, over all processes
+    base_lr: float = 0.1  # for a batch of 256; scales with the batch
+    sweep: tuple[float, ...] = ()  # several base_lr at once, a table; implies --cache-features
+    momentum: float = 0.9  # of SGD
+    cache_features: bool = False  # train on centre crops' features, extracted once into memory
+    knn: bool = False  # weighted kNN too, on the features of centre crops; --epochs 0: only that
+    # run
+    seed: int = 0  # of the classifier, order and crops
+    device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
+    precision: Precision = "auto"  # of the backbone: bf16 where the hardware has it, else fp32
+    run_dir: str = ""  # for checkpoints and the result; default: the pretrained file's folder
+
+
+def main(config: Config) -> None:
+    # ---------------------------------------------------------------- setup
+    require(config.seed >= 0, "--seed is 0 or more")
+    require(config.epochs >= 1 or config.knn, "--epochs is 1 or more, or 0 with --knn")
+    require(
+        all(0 <= base_lr < math.inf for base_lr in (config.base_lr, *config.sweep)),
+        "--base-lr and --sweep take base learning rates, finite and 0 or more",
+    )
+    require(config.epochs >= 1 or not config.sweep, "--sweep needs --epochs of 1 or more")
+    if config.sweep:
+        config = replace(config, cache_features=True)
+    distributed.use_every_gpu(config.device)
+    ranks = distributed.start(config.device)
+    device = ranks.device
+    ranks.share(config.batch_size)
+    backbone = load_backbone(Path(config.pretrained), config.backbone)
+    backbone = backbone.to(device, memory_format=torch.channels_last).eval()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+
+    folder = Path(config.run_dir or Path(config.pretrained).parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "linear.jsonl").touch()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}); choose --run-dir") from error
+
+    # ---------------------------------------------------------------- data
+    data = (config.dataset, config.data_root, config.image_size, config.seed)
+    train = find_photographs(*data, config.batch_size, "train")
+    test = find_photographs(*data, 1, "val")
+    require(
+        bool(train.class_names and test.class_names)
+        and set(test.class_names) <= set(train.class_names),
+        f"{config.data_root} needs train/<class>/* and val/<class>/* of the same classes",
+    )
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        with autocast(config.precision, device):
+            return backbone(normalised(images)).float()
+
+    stop = StopFlag(ranks)
+    train_labels = torch.tensor(train.labels, device=device)
+    numbers = [train.class_names.index(test.class_names[label]) for label in test.labels]
+    test_labels = torch.tensor(numbers, device=device)
+
+    def features_of(photographs: Sequence[Photograph]) -> Tensor:
+        """Of the centre crops of this rank's photographs: rank, rank + world_size, …"""
+        mine = range(ranks.rank, len(photographs), ranks.world_size)
+        views = CentreCrops(photographs, config.image_size)
+        loader = load(
+            views, Loading(config.workers), ranks, sampler=mine, batch_size=EVALUATION_BATCH
+        )
+        features = [torch.empty(0, backbone.feature_dim, device=device)]
+        for batch in tqdm(loader, "features", disable=not ranks.is_main):
+            (images,), _ = unpack(batch)
+            features.append(encode(images.to(device, non_blocking=True)))
+            if stop.requested:
+                again = "Stopped while features were extracted: the same command does it anew."
+                raise StopRequested(stop.exit_status, again)
+        return torch.cat(features)
+
+    test_features = features_of(test.photographs)
+    train_features = None
+    if config.cache_features or config.knn:
+        train_features = features_of(train.photographs)
+
+    # ---------------------------------------------------------------- classifier
+    if config.cache_features:
+        if ranks.is_main:
+            print("Cached features: the classifier trains without the protocol's crops and flips.")
+        whole = ranks.gather(train_features, len(train_labels))
+        batches = cached_batches(whole, train_labels, config, ranks)
+    else:
+        batches = cropped_batches(train.photographs, train_labels, encode, config, ranks)
+    identity = {"images": len(train_labels), "backbone": fingerprint(before)}
+    classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)
+    classifier = fit(classifier, batches, config, identity, folder, ranks, stop)
+
+    # ---------------------------------------------------------------- result
+    result = {"images": len(test_labels)}
+    if config.epochs:
+        own_labels = test_labels[ranks.rank :: ranks.world_size]
+        right = ranks.sum(count_right(classifier, test_features, own_labels)).tolist()
+        accuracies = [
+            {"top_1": 100 * top_1 / len(test_labels), "top_5": 100 * top_5 / len(test_labels)}
+            for top_1, top_5 in right
+        ]
+        if config.sweep:
+            diverged = classifier.diverged().tolist()
+            result["sweep"] = [
+                {"base_lr": base_lr, **({"diverged": True} if lost else accuracy)}
+                for base_lr, lost, accuracy in zip(config.sweep, diverged, accuracies, strict=True)
+            ]
+        else:
+            result.update(accuracies[0])
+    if config.knn:
+        queries = ranks.gather(test_features, len(test_labels))
+        bank_labels = train_labels[ranks.rank :: ranks.world_size]
+        predictions = knn_predict(
+            queries, train_features, bank_labels, len(train.class_names), ranks=ranks
+        )
+        result["knn"] = 100 * (predictions == test_labels).sum().item() / len(test_labels)
+    for name, value in backbone.state_dict().items():
+        if not torch.equal(value, before[name]):
+            raise RuntimeError(f"the frozen backbone's {name} changed")
+    if ranks.is_main:
+        # First on the screen: the disk may have filled up meanwhile.
+        if config.sweep:
+            print(sweep_table(result["sweep"]))
+        elif config.epochs:
+            print(f"linear accuracy  top-1 {result['top_1']:.2f} %, top-5 {result['top_5']:.2f} %")
+        if config.knn:
+            print(f"kNN accuracy     {result['knn']:.2f} %")
+        print(f"  of {len(test_labels)} photographs; the backbone is unchanged, bit for bit")
+        try:
+            with (folder / "linear.jsonl").open("a") as file:
+                file.write(json.dumps({**result, "config": asdict(config)}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{folder / 'linear.jsonl'} cannot be written ({error}); note the result above"
+            ) from error
+        print(f"  written to {folder / 'linear.jsonl'}")
+    distributed.finish()
+
+
+def fit(
+    start: nn.Linear,
+    batches: Batches,
+    config: Config,
+    identity: Mapping[str, Any],
+    folder: Path,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> nn.Module:
+    """Train the classifier under the protocol, or in a sweep a copy of it at each learning rate.
+
+    Args:
+        start: its weights at the start.
+        identity: of the data and the backbone, plain values; with the settings it says which
+            checkpoint is continued.
+        folder: of the checkpoints.
+
+    Returns:
+        `start`, trained; in a sweep `Classifiers`.
+
+    Raises:
+        StopRequested: after a checkpoint, when a signal came.
+        UserError: if the loss is not finite, in a sweep every loss.
+    """
+    # Files by kind: the protocol's classifier, costlier by far, stays beside the others.
+    kind, classifier, way_out = "linear", start, "try a lower --base-lr"
+    if config.sweep:
+        kind, way_out = "sweep", "try lower rates in --sweep"
+        classifier = Classifiers(start, len(config.sweep))
+    elif config.cache_features:
+        kind = "cached"
+
+    def rate(epoch: int) -> float | Tensor:
+        base_lrs = config.sweep or (config.base_lr,)
+        peaks = [base_lr * config.batch_size / 256 for base_lr in base_lrs]
+        rates = [cosine(epoch, config.epochs, peak) for peak in peaks]
+        return torch.tensor(rates, device=ranks.device) if config.sweep else rates[0]
+
+    # What else is measured does not touch training; the backbone is identified by its weights.
+    unused = {"knn", "pretrained", *MAY_CHANGE} | ({"base_lr"} if config.sweep else set())
+    settings = {name: value for name, value in asdict(config).items() if name not in unused}
+    model = ranks.wrap(classifier)
+    train_classifier(
+        model,
+        LARC(model.parameters(), lr=0.0, momentum=config.momentum),  # `rate` sets each epoch's
+        batches,
+        rate,
+        config.epochs,
+        identity={**settings, **identity},
+        checkpoints=Checkpoints(
+            folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train anew"
+        ),
+        ranks=ranks,
+        stop=stop,
+        way_out=way_out,
+    )
+    return classifier
+
+
+def cropped_batches(
+    photographs: Sequence[Photograph],
+    labels: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    config: Config,
+    ranks: Ranks,
+) -> Batches:
+    """The protocol's training views: a random crop and a flip of each photograph."""
+    crops = RandomCrops(
+        photographs, 1, config.image_size, CROP_SCALE, config.seed, config.skip_broken
+    )
+    # Thousands at once would fill a GPU, and a worker would need seconds for them.
+    at_once = EVALUATION_BATCH
+    loader = CropLoader(
+        crops, config.batch_size, config.seed, Loading(config.workers), ranks, at_once
+    )
+    steps = steps_of(len(photographs), config, ranks)
+    flip, size = RandomFlip(), (config.image_size, config.image_size)
+
+    def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        loaded = loader.epoch(epoch, first_step, steps)
+        for step, pieces in itertools.groupby(loaded, key=itemgetter(0)):
+            count = loader.batches.count(step)
+            generator = generator_for("linear", config.seed, epoch, step)
+            draws = flip.draw(count, size, generator)[ranks.share(count)].split(at_once)
+            features, own = [], []
+            for piece, (_, (images,), indices) in zip(draws, pieces, strict=True):
+                images = flip.apply(images, Draws.of(piece, images.device))
+                features.append(encode(images))
+                own.append(indices)
+            yield step, torch.cat(features), labels[distributed.send(torch.cat(own), labels.device)]
+
+    return batches
+
+
+def cached_batches(features: Tensor, labels: Tensor, config: Config, ranks: Ranks) -> Batches:
+    """Batches of ready features `[N, d]`, in the same order as `cropped_batches`'.
+
+    A batch's features are good until the next one: they lie in the same memory, since taking new
+    memory for each costs more than the copy itself.
+    """
+    memory = features.new_empty(config.batch_size // ranks.world_size, features.shape[1])
+
+    def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for step, batch, rows in batches_of_epoch(
+            len(features), config.batch_size, config.seed, ranks, epoch, first_step
+        ):
+            index = distributed.send(batch[rows], features.device)
+            x = torch.index_select(features, 0, index, out=memory[: len(index)])
+            yield step, x, labels.index_select(0, index)
+
+    return batches
+
+
+def steps_of(count: int, config: Config, ranks: Ranks) -> int:
+    """Steps of an epoch: with a last, smaller batch, unless the ranks cannot share it."""
+    whole, rest = divmod(count, config.batch_size)
+    return whole + (rest >= ranks.world_size)
+
+
+def load_backbone(path: Path, architecture: Depth) -> nn.Module:
+    """A ResNet with the weights of a run's checkpoint, its backbone.pt, or torchvision's format.
+
+    Raises:
+        UserError: if the file is missing, damaged or of another network.
+    """
+    state = read_checkpoint(path)
+    if "model" in state:
+        state = {
+            name.removeprefix("backbone."): value
+            for name, value in state["model"].items()
+            if name.startswith("backbone.")
+        }
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    backbone = imagenet_resnet(architecture)
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(
+            f"{path} does not fit a {architecture} ({reason}); name another with --backbone"
+        ) from error
+    return backbone
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> int:
+    """A checksum of weights."""
+    checksum = 0
+    for value in state.values():
+        checksum = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), checksum)
+    return checksum

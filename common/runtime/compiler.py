@@ -1,0 +1,40 @@
+"""What torch.compile needs beside torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from common.runtime.errors import require
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse `--compile` where its first step would fail, on Linux or macOS, on a CPU or with CUDA.
+
+    Raises:
+        UserError: without a compiler or Python's headers.
+    """
+    if device.type not in ("cpu", "cuda") or sys.platform == "win32":
+        return
+    # The compilers that torch, or Triton, would call.
+    variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    if device.type == "cuda":
+        variable, names = "CC", ["gcc", "clang"]
+    if variable in os.environ:
+        names = [os.environ[variable]]
+    require(
+        any(shutil.which(name) for name in names),
+        f"--compile needs a compiler, and there is no {' or '.join(names)}: install it, name "
+        f"another in the environment variable {variable}, or leave --compile out",
+    )
+    include = Path(sysconfig.get_paths()["include"])
+    require(
+        (include / "Python.h").exists(),
+        f"--compile needs Python's headers, and there is no {include / 'Python.h'}: install them "
+        "(on Debian and Ubuntu, python3-dev), or leave --compile out",
+    )

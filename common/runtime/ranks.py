@@ -1,0 +1,241 @@
+"""One process, or several under torchrun: the same code for both.
+
+Start a script with `torchrun --nproc-per-node 2 run.py` (NCCL on GPUs, gloo on CPUs) and every
+function here speaks for the group; without torchrun each is a plain local operation.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.parallel import DistributedDataParallel
+
+from common.runtime.errors import UserError
+from common.runtime.memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the group, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def per_machine(self) -> int:
+        """How many processes of the group share this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def share(self, batch_size: int) -> slice:
+        """The rows of a global batch that belong to this rank.
+
+        Raises:
+            UserError: if the batch does not divide evenly.
+        """
+        if batch_size % self.world_size:
+            raise UserError(
+                f"a global batch of {batch_size} does not divide among {self.world_size} "
+                f"processes; make --batch-size a multiple of {self.world_size}"
+            )
+        local = batch_size // self.world_size
+        return slice(self.rank * local, (self.rank + 1) * local)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on this device; under several processes, in DDP (SyncBatchNorm on CUDA)."""
+        module = module.to(self.device)
+        if self.world_size == 1:
+            return module
+        if self.device.type == "cuda":
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        with warnings.catch_warnings():
+            # Newer releases have another name for broadcast_buffers and warn; older know only it.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                module,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                # Running averages need no agreement while training; see broadcast_buffers.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's BatchNorm averages, for evaluation and checkpoints."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks wait for each other."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def agree(self, state: object) -> bool:
+        """Whether `repr(state)` is the same on every rank; all ranks wait for each other."""
+        own = zlib.crc32(repr(state).encode())
+        everyones = self.join(torch.tensor([[own]], device=self.device))
+        return bool((everyones == own).all())
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """Rows rank, rank + world_size, … of a set of `count`, from every rank, joined in order."""
+        if self.world_size == 1:
+            return rows
+        longest = -(-count // self.world_size)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+    def join(self, columns: Tensor) -> Tensor:
+        """`[B, k]` of every rank side by side: `[B, k · world_size]`, on every rank."""
+        if self.world_size == 1:
+            return columns
+        parts = [torch.empty_like(columns) for _ in range(self.world_size)]
+        dist.all_gather(parts, columns.contiguous())
+        return torch.cat(parts, dim=1)
+
+    def join_batch(self, rows: Tensor) -> Tensor:
+        """Every rank's `share` `[B, …]` of a batch, in order: `[B · world_size, …]`, on every rank.
+
+        Gradients come back to each rank's own rows as the sum over all ranks' losses; DDP then
+        divides by the number of ranks, so means over a share add up to the mean over the batch.
+        """
+        return rows if self.world_size == 1 else _JoinBatch.apply(rows, self)
+
+    def wait(self) -> None:
+        """Wait until every rank has come this far."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+class _JoinBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        # A copy: the incoming gradient may be another function's too.
+        total = ctx.ranks.sum(gradient.clone(memory_format=torch.contiguous_format))
+        return total[ctx.ranks.share(len(total))], None
+
+
+def start(device: str) -> Ranks:
+    """Pick the device and, under torchrun, join the group.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else CPU) or a torch device such as "cpu" or "cuda:1".
+
+    Raises:
+        UserError: if the device is not there.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    if world_size == 1:
+        return Ranks(0, 1, chosen)
+    if chosen.type == "mps":
+        raise UserError("MPS trains in one process only; start without torchrun, or --device cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), world_size, chosen)
+
+
+def use_every_gpu(device: str) -> None:
+    """Where the machine has several GPUs and none was named, start again under torchrun on all.
+
+    Call it before anything else: the process is replaced.
+    """
+    if "WORLD_SIZE" in os.environ or device not in ("auto", "cuda"):
+        return
+    if torch.cuda.device_count() > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has, in a job that was given some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def finish() -> None:
+    """Leave the group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _pick_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            f"--device {name}: not a device; try auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    if device.type == "cuda":
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"--device {name}: under torchrun each rank takes its own; use cuda")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs; "
+                "try --device auto"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available on this machine; try --device auto")
+    return device
+
+
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, DDP's forward and backward passes leave gradients unreduced."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, out of its DDP wrapper."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to `device` without waiting for work queued there."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,128 @@
+"""Means over an epoch of what its steps report, read without making a step wait."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.runtime.errors import UserError
+from common.runtime.ranks import Ranks, send
+
+WAY_OUT = (
+    "the checkpoint before it stands. Start anew with --fresh and a lower learning rate, or with "
+    "--precision fp32"
+)
+
+
+def require_finite(network: nn.Module) -> None:
+    """Keep broken weights out of a checkpoint: a last step's are not in any loss yet.
+
+    Raises:
+        UserError: if a parameter is not finite.
+    """
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"the weights {name} are no longer finite; {WAY_OUT}")
+
+
+class Pending(NamedTuple):
+    """A step's numbers on their way to the host: sums over ranks of values, then of requests."""
+
+    names: list[str]
+    requests: list[str]
+    packed: Tensor
+    event: torch.cuda.Event | None
+
+
+class Meter:
+    """Sums scalars over the steps of an epoch, averaged over ranks.
+
+    On CUDA a step's values are read after the next step has been queued, so that the device never
+    idles for them; elsewhere at once. A request that any rank made reaches all of them with the
+    values, in the same step.
+
+    Args:
+        ranks: this process's place.
+        sums, steps: what an interrupted epoch had gathered.
+        way_out: what a user can do about a loss that is not finite.
+    """
+
+    def __init__(
+        self, ranks: Ranks, sums: Mapping[str, float], steps: int, way_out: str = WAY_OUT
+    ) -> None:
+        self.ranks = ranks
+        self.sums = dict(sums)
+        self.steps = steps
+        self.way_out = way_out
+        self.latest: dict[str, float] = {}
+        self._requested: set[str] = set()
+        self._current: dict[str, Tensor] = {}
+        self._pending: Pending | None = None
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add detached scalars on the device to the current step's, by name."""
+        for name, value in values.items():
+            self._current[name] = self._current[name] + value if name in self._current else value
+
+    def end_step(self, requests: Mapping[str, bool]) -> None:
+        """Hand the current step in, and read the one before it (on CPU and MPS: this one).
+
+        Args:
+            requests: what this rank asks all ranks for, such as a checkpoint.
+
+        Raises:
+            UserError: if a value read is not finite.
+        """
+        values, self._current = self._current, {}
+        flags = send(torch.tensor([float(flag) for flag in requests.values()]), self.ranks.device)
+        packed = self.ranks.sum(torch.cat([torch.stack([*values.values()]).float(), flags]))
+        before, self._pending = self._pending, None
+        if packed.device.type == "cuda":
+            host = torch.empty(packed.shape, pin_memory=True)
+            host.copy_(packed, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = Pending([*values], [*requests], host, event)
+        else:
+            self._pending = Pending([*values], [*requests], packed, None)
+            self.flush()
+        if before is not None:
+            self._read(before)
+
+    def flush(self) -> None:
+        """Read what is pending: before a checkpoint and at the end of an epoch."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._read(pending)
+
+    def _read(self, pending: Pending) -> None:
+        if pending.event is not None:
+            pending.event.synchronize()
+        self.steps += 1
+        numbers = pending.packed.tolist()
+        asked = numbers[len(pending.names) :]
+        self._requested.update(
+            name for name, ranks in zip(pending.requests, asked, strict=True) if ranks > 0
+        )
+        for name, total in zip(pending.names, numbers, strict=False):
+            value = total / self.ranks.world_size
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name} became {value} in step {self.steps} of this epoch; {self.way_out}"
+                )
+            self.latest[name] = value
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def take_request(self, name: str) -> bool:
+        """Whether a rank made this request in a step read so far; the request is then done with."""
+        asked = name in self._requested
+        self._requested.discard(name)
+        return asked
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps read so far."""
+        return {name: total / max(1, self.steps) for name, total in self.sums.items()}

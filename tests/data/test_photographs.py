@@ -1,0 +1,188 @@
+"""common/data/photographs.py: what the loader's workers decode and cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from common.augment.crop import draw_crops
+from common.augment.randaugment import RandAugment
+from common.data.loader import CropLoader, Loading
+from common.data.photographs import CentreCrops, RandomCrops, crop, find_photographs, read
+from common.runtime.errors import UserError
+from common.runtime.ranks import Ranks
+from common.runtime.seeding import epoch_order, generator_for
+from pillow_reference import pictures, to_pillow
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SCALE = (0.2, 1.0)
+SIZE = 24
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Eleven JPEGs of two sizes in two classes."""
+    paths = []
+    for index in range(11):
+        image = to_pillow(pictures(11, (60, 80) if index % 2 else (50, 45)))[index]
+        path = tmp_path / "train" / "ab"[index % 2] / f"{index:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=95)
+        paths.append(path)
+    return sorted(paths)
+
+
+def two_crops(photographs: list, **options) -> RandomCrops:
+    settings = {"seed": 3, "skip_broken": False, **options}
+    return RandomCrops(photographs, 2, SIZE, SCALE, **settings)
+
+
+def batches(
+    crops: RandomCrops, workers: int = 0, ranks: Ranks = ALONE, first_step: int = 0, epoch: int = 1
+) -> list[tuple[int, Tensor, Tensor]]:
+    loader = CropLoader(crops, 4, 3, Loading(workers), ranks)
+    steps = loader.epoch(epoch, first_step, len(crops) // 4)
+    return [(step, first, second) for step, (first, second), _ in steps]
+
+
+def by_pillow(path: Path, epoch: int, index: int, view: int) -> numpy.ndarray:
+    image = Image.open(path).convert("RGB")
+    generator = generator_for("crop", 3, epoch, index)
+    boxes = draw_crops(2, (image.height, image.width), SCALE, generator).int().tolist()
+    top, left, height, width = boxes[view]
+    image = image.crop((left, top, left + width, top + height))
+    return numpy.array(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)).astype(int)
+
+
+def test_both_crops_are_those_that_pillow_cuts(files: list[Path]) -> None:
+    crops = two_crops(files)
+    for index, path in enumerate(files):
+        item = [crop.permute(1, 2, 0).numpy().astype(int) for crop in crops[5, index][0]]
+        for view in range(2):
+            assert numpy.abs(item[view] - by_pillow(path, 5, index, view)).max() <= 1
+        assert not numpy.array_equal(item[0], item[1])
+
+
+def test_a_crop_of_the_whole_at_its_own_size_is_the_photograph(files: list[Path]) -> None:
+    photograph = read(files[0])
+    square = photograph[:, :40, :40]
+    assert torch.equal(crop(square, (0, 0, 40, 40), 40), square)
+
+
+def test_the_whole_photograph_is_augmented_before_each_crop(files: list[Path]) -> None:
+    whole = RandAugment(2, 9)
+    item = two_crops(files, whole=whole)[2, 4][0]
+    generator = generator_for("crop", 3, 2, 4)
+    photograph = read(files[4])
+    boxes = draw_crops(2, (photograph.shape[1], photograph.shape[2]), SCALE, generator).tolist()
+    for view in range(2):
+        shown = whole(photograph[None], generator)[0]
+        assert torch.equal(item[view], crop(shown, boxes[view], SIZE))
+    assert not torch.equal(item[0], item[1])
+
+
+def test_batches_follow_the_epochs_order(files: list[Path]) -> None:
+    crops = two_crops(files)
+    order = epoch_order(11, 3, 1).tolist()
+    found = batches(crops)
+    assert [step for step, _, _ in found] == [0, 1]  # the last three photographs are left out
+    for step, first, second in found:
+        expected = [crops[1, index][0] for index in order[4 * step : 4 * step + 4]]
+        assert torch.equal(first, torch.stack([item[0] for item in expected]))
+        assert torch.equal(second, torch.stack([item[1] for item in expected]))
+
+
+def test_workers_ranks_and_a_later_start_change_nothing(files: list[Path]) -> None:
+    crops = two_crops(files)
+    expected = batches(crops)
+    for found in (batches(crops, workers=2), batches(crops, first_step=1)):
+        for (step, *ours), (_, *theirs) in zip(
+            found, expected[len(expected) - len(found) :], strict=True
+        ):
+            assert all(map(torch.equal, ours, theirs)), step
+    halves = [batches(crops, ranks=Ranks(rank, 2, ALONE.device)) for rank in range(2)]
+    for (_, *left), (_, *right), (_, *whole) in zip(*halves, expected, strict=True):
+        for view in range(2):
+            assert torch.equal(torch.cat([left[view], right[view]]), whole[view])
+    other = batches(crops, epoch=2)
+    assert not torch.equal(other[0][1], expected[0][1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_is_named_or_replaced_by_the_next(files: list[Path], workers: int) -> None:
+    files[2].write_bytes(files[2].read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"{files[2].name} cannot be decoded.*--skip-broken"):
+        batches(two_crops(files), workers)
+    crops = two_crops(files, skip_broken=True)
+    assert len(batches(crops, workers)) == 2
+    item, used = crops[0, 2]
+    assert used == 3
+    image = by_pillow(files[3], 0, 2, 0)  # the next file, by the draws of the broken one
+    assert numpy.abs(item[0].permute(1, 2, 0).numpy().astype(int) - image).max() <= 1
+
+
+def test_nothing_readable_is_told(files: list[Path]) -> None:
+    for path in files:
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cannot be decoded .*; mend or remove it$"):
+        batches(two_crops(files, skip_broken=True))
+
+
+def test_folders_with_and_without_labels(files: list[Path], tmp_path: Path) -> None:
+    found = find_photographs("folder", str(tmp_path), SIZE, 0, 4, "train")
+    assert list(found.photographs) == files
+    assert list(found.labels) == [0] * 6 + [1] * 5
+    assert found.class_names == ("a", "b")
+    flat = find_photographs("folder", str(tmp_path / "train" / "a"), SIZE, 0, 4, "train")
+    assert (len(flat.photographs), list(flat.labels), flat.class_names) == (6, [], ())
+
+
+def test_what_is_missing_is_told(files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        find_photographs("folder", str(tmp_path / "nowhere"), SIZE, 0, 4, "train")
+    with pytest.raises(UserError, match="has no val/ folder"):
+        find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val")
+    with pytest.raises(UserError, match="a batch of 12 does not fit a set of 11 images"):
+        find_photographs("folder", str(tmp_path), SIZE, 0, 12, "train")
+    with pytest.raises(UserError, match="a batch of 6001 does not fit a set of 6000 images"):
+        find_photographs("shapes", "", SIZE, 0, 6001, "train")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match="no images in"):
+        find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val")
+
+
+def test_shapes_need_no_files() -> None:
+    train = find_photographs("shapes", "", 16, 0, 4, "train")
+    test = find_photographs("shapes", "", 16, 0, 4, "val")
+    assert len(train.photographs) == len(train.labels) > len(test.photographs) > 0
+    assert train.photographs[0].shape == (3, 16, 16)
+    assert not torch.equal(train.photographs[0], test.photographs[0])
+
+
+def test_evaluation_views_are_torchvisions(files: list[Path]) -> None:
+    views = CentreCrops(files, 28)  # the shorter side becomes 32
+    reference = transforms.Compose(
+        [transforms.Resize(32, antialias=True), transforms.CenterCrop(28)]
+    )
+    for index, path in enumerate(files):
+        view, found = views[index]
+        expected = numpy.array(reference(Image.open(path).convert("RGB"))).astype(int)
+        assert found == index
+        assert numpy.abs(view[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+def test_a_last_smaller_batch_is_shared_too(files: list[Path]) -> None:
+    crops = two_crops(files)
+    order = epoch_order(11, 3, 0).tolist()
+    found = []
+    for rank in range(2):
+        loader = CropLoader(crops, 4, 3, Loading(0), Ranks(rank, 2, ALONE.device))
+        found.append([indices.tolist() for _, _, indices in loader.epoch(0, 0, 3)])
+    assert found[0] == [order[0:2], order[4:6], order[8:9]]
+    assert found[1] == [order[2:4], order[6:8], order[9:10]]

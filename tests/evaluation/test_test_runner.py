@@ -1,0 +1,484 @@
+"""test_runner.py on small JPEGs: protocol, interruption, ranks, and every format of weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from common.augment.base import Draws
+from common.augment.crop import RandomFlip
+from common.augment.imagenet import normalised
+from common.data.listing import list_images
+from common.data.loader import CropLoader, Loading
+from common.data.photographs import CentreCrops, RandomCrops
+from common.data.shapes import CLASS_NAMES, shapes
+from common.evaluation import test_runner as linear_evaluation
+from common.evaluation.accuracy import count_right
+from common.evaluation.classifier import Classifiers, new_classifier
+from common.evaluation.test_runner import (
+    Config,
+    cached_batches,
+    cropped_batches,
+    fit,
+    load_backbone,
+)
+from common.networks.resnet import imagenet_resnet
+from common.runtime.errors import UserError
+from common.runtime.ranks import Ranks
+from common.runtime.seeding import epoch_order, generator_for
+from common.training.signals import StopFlag
+from scripts import assert_equal, command_line, kill, on_two_ranks, run, start_until, state
+from simsiam_imagenet.model import SimSiam
+
+SIZE, BATCH, EPOCHS, BASE_LR, CLASSES = 28, 8, 2, 40.0, 7
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven classes: 21 JPEGs to train on (a last batch of 5), 17 to test."""
+    root = tmp_path_factory.mktemp("photographs")
+    for split, count in (("train", 30), ("val", 23)):
+        images, labels = shapes(count, 40, seed=len(split))
+        for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            if label < CLASSES:
+                path = root / split / CLASS_NAMES[label] / f"{index:02d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone in torchvision's format, its BatchNorm averages moved from their start."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None)
+    with torch.no_grad():
+        network(torch.randn(16, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def command(folder: Path, weights: Path, run_dir: Path, *extra: str) -> list[str]:
+    settings = {
+        "pretrained": weights,
+        "data-root": folder,
+        "run-dir": run_dir,
+        "backbone": "resnet18",
+        "image-size": SIZE,
+        "epochs": EPOCHS,
+        "batch-size": BATCH,
+        "base-lr": BASE_LR,
+        "workers": 1,
+        "device": "cpu",
+    }
+    return command_line("simsiam_imagenet/test_runner.py", settings, *extra)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    done = run(command(folder, weights, run_dir))
+    assert "the backbone is unchanged" in done.stdout
+    return run_dir
+
+
+def trained(run_dir: Path, kind: str = "linear") -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / f"{kind}_last.pt", weights_only=True)["classifier"]
+
+
+def results(run_dir: Path) -> list[tuple[float, float]]:
+    rows = [json.loads(line) for line in (run_dir / "linear.jsonl").read_text().splitlines()]
+    return [(row["top_1"], row["top_5"]) for row in rows]
+
+
+def features(backbone: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return backbone.eval()(normalised(images)).double()
+
+
+def larc_by_hand(
+    features_and_labels: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]],
+    base_lr: float = BASE_LR,
+) -> list[torch.Tensor]:
+    """Softmax regression under method's LARC and cosine, written out in float64."""
+    classifier = new_classifier(512, CLASSES, 0)
+    parameters = [classifier.weight.detach().double(), classifier.bias.detach().double()]
+    momentum = [torch.zeros_like(parameter) for parameter in parameters]
+    for epoch in range(EPOCHS):
+        lr = base_lr * BATCH / 256 * 0.5 * (1 + numpy.cos(numpy.pi * epoch / EPOCHS))
+        for x, y in features_and_labels(epoch):
+            scores = (x @ parameters[0].T + parameters[1]).softmax(1)
+            scores[torch.arange(len(y)), y] -= 1
+            gradients = [scores.T @ x / len(y), scores.mean(0)]
+            for parameter, gradient, velocity in zip(parameters, gradients, momentum, strict=True):
+                norms = parameter.norm(), gradient.norm()
+                if norms[0] > 0 and norms[1] > 0:
+                    gradient = gradient * 0.001 * norms[0] / (norms[1] + 1e-8)
+                velocity.mul_(0.9).add_(gradient)
+                parameter.sub_(lr * velocity)
+    return parameters
+
+
+def assert_trained(run_dir: Path, expected: list[torch.Tensor], kind: str = "linear") -> None:
+    ours = trained(run_dir, kind)
+    assert torch.allclose(ours["weight"].double(), expected[0], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(ours["bias"].double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+def labels_of(files: list[Path]) -> torch.Tensor:
+    names = sorted({path.parent.name for path in files})
+    return torch.tensor([names.index(path.parent.name) for path in files])
+
+
+def centre_crops(split: Path, weights: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features float64 `[N, 512]` and labels of a split's evaluation views."""
+    files = list_images(split)
+    views = torch.stack([CentreCrops(files, SIZE)[index][0][0] for index in range(len(files))])
+    return features(load_backbone(weights, "resnet18"), views), labels_of(files)
+
+
+def batches_of(
+    x: torch.Tensor, y: torch.Tensor, ranks: int = 1
+) -> Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """An epoch's batches in float64; of the last as many as divide among the ranks."""
+
+    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in epoch_order(len(x), 0, epoch).split(BATCH):
+            batch = batch[: len(batch) // ranks * ranks]
+            yield x[batch].double(), y[batch]
+
+    return batches
+
+
+def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> None:
+    torch.set_num_threads(1)
+    backbone = load_backbone(weights, "resnet18")
+    files = list_images(folder / "train")
+    crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0, skip_broken=False)
+
+    def views(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        loader = CropLoader(crops, BATCH, 0, Loading(0), ALONE)
+        for step, (images,), indices in loader.epoch(epoch, 0, 3):
+            generator = generator_for("linear", 0, epoch, step)
+            draws = RandomFlip().draw(len(images), (SIZE, SIZE), generator)
+            flipped = RandomFlip().apply(images, Draws.of(draws))
+            yield features(backbone, flipped), labels_of(files)[indices]
+
+    assert_trained(whole, larc_by_hand(views))
+
+
+def test_cached_features_and_knn(folder: Path, weights: Path, tmp_path: Path) -> None:
+    done = run(command(folder, weights, tmp_path, "--cache-features", "--knn"))
+    assert "kNN accuracy" in done.stdout
+    x, y = centre_crops(folder / "train", weights)
+    assert_trained(tmp_path, larc_by_hand(batches_of(x, y)), "cached")
+    assert not (tmp_path / "linear_last.pt").exists()  # the protocol's stays apart
+
+    bank = (x / x.norm(dim=1, keepdim=True)).numpy()
+    right = 0
+    for query, label in zip(*centre_crops(folder / "val", weights), strict=True):
+        cosine = bank @ (query / query.norm()).numpy()  # all 21 are within the 200 nearest
+        votes = numpy.bincount(y.numpy(), weights=numpy.exp(cosine / 0.1), minlength=CLASSES)
+        right += int(votes.argmax() == label)
+    row = json.loads((tmp_path / "linear.jsonl").read_text())
+    assert row["knn"] == pytest.approx(100 * right / 17)
+
+    # On two ranks: nothing more to train, and the same counts.
+    run(on_two_ranks(command(folder, weights, tmp_path, "--cache-features", "--knn")))
+    again = json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[1])
+    for name in ("top_1", "top_5", "knn"):
+        assert again[name] == pytest.approx(row[name])
+
+
+def test_accuracies_are_over_the_whole_validation_set(
+    folder: Path, weights: Path, whole: Path
+) -> None:
+    backbone = load_backbone(weights, "resnet18")
+    files = list_images(folder / "val")
+    names = sorted({path.parent.name for path in list_images(folder / "train")})
+    classifier = {name: value.double() for name, value in trained(whole).items()}
+    right = numpy.zeros(2)
+    for index, path in enumerate(files):
+        x = features(backbone, CentreCrops(files, SIZE)[index][0][0][None])
+        scores = (x @ classifier["weight"].T + classifier["bias"])[0]
+        order = scores.argsort(descending=True).tolist()
+        truth = names.index(path.parent.name)
+        right += [truth == order[0], truth in order[:5]]
+    assert len(files) == 17
+    assert results(whole)[0] == pytest.approx(tuple(100 * right / 17))
+
+
+def test_typed_again_trains_no_more_and_two_ranks_count_the_same(
+    folder: Path, weights: Path, whole: Path
+) -> None:
+    before = trained(whole)
+    written = (whole / "linear_last.pt").stat().st_mtime_ns
+    run(command(folder, weights, whole, "--knn"))  # measures more, trains nothing
+    assert (whole / "linear_last.pt").stat().st_mtime_ns == written
+    run(on_two_ranks(command(folder, weights, whole)))
+    assert all(torch.equal(value, before[name]) for name, value in trained(whole).items())
+    first, *others = results(whole)
+    assert others
+    assert all(other == pytest.approx(first, rel=1e-6) for other in others)
+
+
+def test_killed_and_continued_is_the_same(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    kill(start_until(command(folder, weights, tmp_path), tmp_path / "linear_last.pt"))
+    run(command(folder, weights, tmp_path))
+    ours, theirs = trained(tmp_path), trained(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert results(tmp_path)[-1] == results(whole)[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_batch_in_pieces_is_the_same(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = shapes(21, 40, seed=0)
+    config = Config("", image_size=SIZE, batch_size=BATCH, workers=0)
+    most = []
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        most.append(len(images))
+        return images.flatten(1).double()
+
+    def epoch(at_once: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        monkeypatch.setattr(linear_evaluation, "EVALUATION_BATCH", at_once)
+        ranks = Ranks(rank, 2, ALONE.device)
+        return list(cropped_batches(list(images), labels, encode, config, ranks)(1, 1))
+
+    whole = epoch(256)
+    assert most == [4, 2]  # a rank's half of the steps 1 and 2, of 8 and of 5 photographs
+    pieces = epoch(3)
+    assert most[2:] == [3, 1, 2]
+    assert [step for step, _, _ in pieces] == [step for step, _, _ in whole] == [1, 2]
+    for ours, theirs in zip(pieces, whole, strict=True):
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(ours[2], theirs[2])
+
+
+def test_an_unfinished_classifier_is_not_overwritten(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    unfinished = state(whole, "linear_last.pt")
+    unfinished["epoch"] = 1
+    torch.save(unfinished, tmp_path / "linear_last.pt")
+    before = (tmp_path / "linear_last.pt").read_bytes()
+    done = run(command(folder, weights, tmp_path, "--batch-size", "16", "--seed", "3"), status=1)
+    assert "error:" in done.stderr
+    assert "batch_size was 8, now 16; seed was 0, now 3" in done.stderr
+    assert "remove these to train anew" in done.stderr
+    assert (tmp_path / "linear_last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("extra", [[], ["--knn", "--epochs", "0"]])
+def test_photographs_without_classes_are_told_at_once(
+    extra: list[str], folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    (flat / "val").mkdir(parents=True)
+    (flat / "train").symlink_to(folder / "train")
+    for path in list_images(folder / "val"):
+        (flat / "val" / path.name).write_bytes(path.read_bytes())
+    done = run(command(flat, weights, tmp_path / "run", *extra), status=1)
+    assert done.stderr.strip() == (
+        f"error: {flat} needs train/<class>/* and val/<class>/* of the same classes"
+    )
+
+
+def test_a_broken_file_is_told_without_a_flag_that_does_not_help(
+    folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    file = list_images(damaged / "val")[3]
+    file.write_bytes(b"no picture")
+    done = run(command(damaged, weights, tmp_path / "run", "--skip-broken"), status=1)
+    assert f"{file} cannot be decoded" in done.stderr
+    assert "mend or remove it" in done.stderr
+    assert "--skip-broken" not in done.stderr
+
+
+def test_a_result_that_cannot_be_written_is_told(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    torch.save(state(whole, "linear_last.pt"), tmp_path / "linear_last.pt")
+    (tmp_path / "linear.jsonl").symlink_to("/dev/full")
+    done = run(command(folder, weights, tmp_path), status=1)
+    top_1, _ = results(whole)[0]
+    assert f"linear accuracy  top-1 {top_1:.2f} %" in done.stdout
+    assert "linear.jsonl cannot be written" in done.stderr
+    assert "note the result above" in done.stderr
+
+
+# ---------------------------------------------------------------- a sweep
+
+# The third diverges: an update of 10^25 times its norm, whose square is no float32.
+SWEEP = (2.0, 40.0, 1e30, 400.0)
+
+
+def features_by_seed(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features `[count, 512]` that tell their class in part, and labels."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    x = torch.randn(count, 512, generator=generator)
+    x[torch.arange(count), labels] += 5
+    return x, labels
+
+
+def fitted(folder: Path, **settings: object) -> torch.nn.Module:
+    config = Config("", epochs=EPOCHS, batch_size=BATCH, cache_features=True, **settings)
+    batches = cached_batches(*features_by_seed(21), config, ALONE)
+    folder.mkdir(exist_ok=True)
+    start = new_classifier(512, CLASSES, 0)
+    return fit(start, batches, config, {}, folder, ALONE, StopFlag(ALONE))
+
+
+def test_a_sweep_is_a_run_at_each_rate(tmp_path: Path) -> None:
+    together = fitted(tmp_path / "sweep", sweep=SWEEP)
+    assert together.diverged().tolist() == [False, False, True, False]
+    for k, base_lr in enumerate(SWEEP):
+        if k == 2:
+            with pytest.raises(UserError, match=r"linear loss became nan in step .*--base-lr"):
+                fitted(tmp_path / str(k), base_lr=base_lr)
+            continue
+        alone = fitted(tmp_path / str(k), base_lr=base_lr)
+        weight, bias = larc_by_hand(batches_of(*features_by_seed(21)), base_lr)
+        for ours, theirs, exact in (
+            (together.weight[k], alone.weight, weight),
+            (together.bias[k], alone.bias, bias),
+        ):
+            # To float32's rounding, of the largest number: six steps, each a sum or two.
+            bound = 1e-6 * exact.abs().max().item()
+            assert torch.allclose(ours, theirs, rtol=0, atol=bound)
+            assert torch.allclose(ours.double(), exact, rtol=0, atol=bound)
+
+
+def test_a_sweep_whose_every_rate_diverges_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"linear loss became nan in step \d .*lower rates in --sweep"
+    ):
+        fitted(tmp_path, sweep=(1e30, 1e31))
+
+
+def test_top_1_and_top_5_of_each_classifier() -> None:
+    # Scores are the features themselves: those of class c have rank c, from the highest.
+    x = torch.arange(7.0, 0, -1).expand(300, 7)  # more than are scored at a time
+    y = torch.arange(300) % 7
+    second = torch.eye(7).roll(1, 0)  # the second classifier mistakes each class for the next
+    classifiers = Classifiers(torch.nn.Linear(7, 7, bias=True), 2)
+    with torch.no_grad():
+        classifiers.weight.copy_(torch.stack([torch.eye(7), second]))
+        classifiers.bias.zero_()
+    # 300 = 42 · 7 + 6: classes 0 to 5 occur 43 times, class 6 42 times.
+    assert count_right(classifiers, x, y).tolist() == [[43, 5 * 43], [43, 5 * 43]]
+    # Rolled, class 1 scores highest, then 2, 3, 4 and 5.
+    only_0 = y == 0
+    assert count_right(classifiers, x[only_0], y[only_0]).tolist() == [[43, 43], [0, 0]]
+    assert count_right(classifiers, x[:0], y[:0]).tolist() == [[0, 0], [0, 0]]
+    assert count_right(torch.nn.Identity(), x, y).tolist() == [[43, 5 * 43]]
+
+
+def sweep(folder: Path, weights: Path, run_dir: Path, epochs: int = EPOCHS) -> list[str]:
+    rates = [str(base_lr) for base_lr in SWEEP]
+    return command(folder, weights, run_dir, "--epochs", str(epochs), "--sweep", *rates)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_sweep_leaves(ranks: int, folder: Path, weights: Path, tmp_path: Path) -> None:
+    arguments = sweep(folder, weights, tmp_path)
+    done = run(on_two_ranks(arguments) if ranks == 2 else arguments)
+    trained_by_hand = batches_of(*centre_crops(folder / "train", weights), ranks)
+    x, truth = centre_crops(folder / "val", weights)
+    classifiers = state(tmp_path, "sweep_last.pt")["classifier"]
+    (row,) = [json.loads(line) for line in (tmp_path / "linear.jsonl").read_text().splitlines()]
+    assert "top_1" not in row
+    assert row["config"]["cache_features"]
+    lines = done.stdout.splitlines()
+    lines = lines[lines.index("--base-lr   top-1 %   top-5 %") + 1 :]
+    for k, (base_lr, entry, line) in enumerate(zip(SWEEP, row["sweep"], lines, strict=False)):
+        if k == 2:
+            assert entry == {"base_lr": 1e30, "diverged": True}
+            assert line.split() == ["1e+30", "diverged"]
+            continue
+        weight, bias = larc_by_hand(trained_by_hand, base_lr)
+        assert torch.allclose(classifiers["weight"][k].double(), weight, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(classifiers["bias"][k].double(), bias, rtol=1e-4, atol=1e-6)
+        scores = x @ weight.T + bias
+        places = (scores > scores.gather(1, truth[:, None])).sum(1)
+        expected = [100 * int((places < top).sum()) / 17 for top in (1, 5)]
+        assert entry["base_lr"] == base_lr
+        assert [entry["top_1"], entry["top_5"]] == pytest.approx(expected)
+        assert line.split() == [f"{base_lr:g}", *(f"{percent:.2f}" for percent in expected)]
+    best = max((0, 1, 3), key=lambda k: row["sweep"][k]["top_1"])
+    assert lines[4].startswith(f"The best, {SWEEP[best]:g}, is chosen on the validation set itself")
+    assert not (tmp_path / "linear_last.pt").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sweep_killed_and_continued_is_the_same(
+    ranks: int, folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    def arguments(run_dir: Path) -> list[str]:
+        alone = sweep(folder, weights, run_dir, epochs=60)
+        return on_two_ranks(alone) if ranks == 2 else alone
+
+    whole, continued = tmp_path / "whole", tmp_path / "continued"
+    run(arguments(whole))
+    kill(start_until(arguments(continued), continued / "sweep_last.pt"))
+    assert state(continued, "sweep_last.pt")["epoch"] < 60, "killed too late"
+    run(arguments(continued))
+    assert_equal(state(continued, "sweep_last.pt"), state(whole, "sweep_last.pt"), "sweep_last.pt")
+    accuracies = [json.loads((end / "linear.jsonl").read_text()) for end in (whole, continued)]
+    assert accuracies[0]["sweep"] == accuracies[1]["sweep"]
+
+
+RATES = "--base-lr and --sweep take base learning rates, finite and 0 or more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--sweep", "0.1", "-1"], RATES),
+        (["--sweep", "0.1", "inf"], RATES),
+        (["--base-lr", "-1"], RATES),
+        (["--sweep", "0.1", "--epochs", "0", "--knn"], "--sweep needs --epochs of 1 or more"),
+    ],
+)
+def test_rates_that_cannot_be_are_a_sentence(
+    arguments: list[str], sentence: str, folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    done = run(command(folder, weights, tmp_path, *arguments), status=1)
+    assert done.stderr.strip() == f"error: {sentence}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_format_of_weights_is_read(weights: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    network = SimSiam("resnet18", projector_dim=8, predictor_dim=4)
+    torch.save({"model": network.state_dict(), "config": {}}, tmp_path / "last.pt")
+    torch.save(network.backbone.state_dict(), tmp_path / "backbone.pt")
+    expected = network.backbone.state_dict()
+    for name in ("last.pt", "backbone.pt"):
+        found = load_backbone(tmp_path / name, "resnet18").state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    reference = torch.load(weights, weights_only=True)
+    found = load_backbone(weights, "resnet18").state_dict()
+    assert found.keys() == reference.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(found[key], reference[key]) for key in found)
+    with pytest.raises(UserError, match=r"does not fit a resnet50 .*--backbone"):
+        load_backbone(weights, "resnet50")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_backbone(tmp_path / "nothing.pt", "resnet18")
+    assert imagenet_resnet("resnet18").feature_dim == 512

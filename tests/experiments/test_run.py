@@ -1,0 +1,284 @@
+"""simsiam_cifar10/run.py as a user types it: real processes, real kills, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.data.shapes import CLASS_NAMES
+from common.networks.resnet import CifarResNet
+from common.runtime.errors import UserError
+from scripts import ROOT, assert_equal, command_line, metrics, run, state
+from simsiam_cifar10.run import Config, main
+
+RUN = ROOT / "simsiam_cifar10" / "run.py"
+SMALL = {
+    "dataset": "folder",
+    "width": 8,
+    "projector-dim": 16,
+    "predictor-dim": 8,
+    "epochs": 3,
+    "warmup-epochs": 1,
+    "batch-size": 40,  # 5 steps an epoch
+    "base-lr": 0.3,
+    "linear-epochs": 3,
+    "checkpoint-minutes": 0,  # a checkpoint each step
+    "device": "cpu",
+}
+
+
+def command(folder: Path, run_dir: Path, *extra: str) -> list[str]:
+    settings = {**SMALL, "data-root": folder, "run-dir": run_dir}
+    return command_line("simsiam_cifar10/run.py", settings, *extra)
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert metrics(ours) == metrics(theirs)
+    for name in ("last.pt", "best.pt", "linear_last.pt"):
+        assert_equal(state(ours, name), state(theirs, name), name)
+    assert_equal(state(ours, "backbone.pt"), state(theirs, "backbone.pt"), "backbone.pt")
+
+
+@pytest.fixture(scope="session")
+def whole_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = run(command(folder, run_dir))
+    assert "untrained" in done.stdout
+    assert f"-m tensorboard.main --logdir {run_dir}" in done.stdout
+    return run_dir
+
+
+def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
+    rows = metrics(whole_run)
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 3]
+    assert set(rows[0]) == {"epoch", "knn"}
+    trained = {"epoch", "loss", "symmetric", "asymmetric", "reverse", "spread", "lr", "knn"}
+    assert all(set(row) == trained for row in rows[1:4])
+    assert set(rows[4]) == {"epoch", "linear"}
+    peak = 0.3 * 40 / 256
+    # warm-up 1 is over before epoch 1: half a cosine over epochs 1, 2, 3
+    assert [row["lr"] for row in rows[1:4]] == pytest.approx([peak, peak / 2, 0])
+    for row in rows[1:4]:
+        parts = row["symmetric"] + 0.9 * row["asymmetric"] + 0.1 * row["reverse"]
+        assert row["loss"] == pytest.approx(parts, abs=1e-6)
+
+    settings = json.loads((whole_run / "config.json").read_text())
+    assert settings["config"]["regime"] == "dssl"
+    assert settings["starts"][0]["versions"]["torch"] == torch.__version__
+    width, height = Image.open(whole_run / "views.png").size
+    assert width > 10 * 96
+    assert height > 5 * 96
+
+    backbone = CifarResNet("resnet18", width=8)
+    backbone.load_state_dict(state(whole_run, "backbone.pt"))
+    last = state(whole_run)["model"]
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, last[f"backbone.{name}"]), name
+    best = max(rows[1:4], key=lambda row: row["knn"])
+    assert state(whole_run, "best.pt")["epoch"] == best["epoch"]
+    assert not list(whole_run.glob("*.partial"))
+
+
+def test_bf16_is_near_fp32_and_continues_exactly(folder: Path, tmp_path: Path) -> None:
+    # Of one step an epoch the first epoch's row tells the loss of the same start, order and views.
+    one_step = ("--batch-size", "200", "--linear-epochs", "0")
+    for precision in ("fp32", "bf16"):
+        run(command(folder, tmp_path / precision, *one_step, "--precision", precision))
+    losses = [metrics(tmp_path / precision)[1]["loss"] for precision in ("fp32", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    weights = state(tmp_path / "bf16")["model"].values()
+    assert {weight.dtype for weight in weights} == {torch.float32, torch.int64}
+
+    run_dir = tmp_path / "continued"
+    for extra in (("--max-steps", "2"), ()):
+        run(command(folder, run_dir, *one_step, "--precision", "bf16", *extra))
+    assert metrics(run_dir) == metrics(tmp_path / "bf16")
+    assert_equal(state(run_dir), state(tmp_path / "bf16"), "last.pt")
+
+
+def test_typing_a_finished_run_again_changes_nothing(whole_run: Path, folder: Path) -> None:
+    before = metrics(whole_run)
+    weights = state(whole_run)["model"]
+    done = run(command(folder, whole_run))
+    assert "kNN accuracy" in done.stdout
+    assert metrics(whole_run) == before
+    assert_equal(state(whole_run)["model"], weights, "last.pt")
+
+
+def test_killed_at_many_moments_and_continued_is_the_same_run(
+    whole_run: Path, folder: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    # Seconds after a checkpoint appears: within a step, an evaluation, a write, the linear probe.
+    for moment, wait in enumerate((0.0, 0.03, 0.11, 0.3, 0.06)):
+        process = subprocess.Popen(
+            command(folder, run_dir),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        seen = (run_dir / "last.pt").stat().st_mtime_ns if moment else 0
+        while process.poll() is None:
+            path = run_dir / "last.pt"
+            if path.exists() and path.stat().st_mtime_ns > seen:
+                break
+            time.sleep(0.002)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+    run(command(folder, run_dir))
+    assert_same_run(run_dir, whole_run)
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("epoch/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("epoch/knn")] == [0, 1, 2, 3]
+    logged = [event.value for event in events.Scalars("epoch/loss")]
+    assert logged == pytest.approx([row["loss"] for row in metrics(run_dir)[1:4]], rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    whole_run: Path, folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*command(folder, run_dir), "--checkpoint-minutes", "60"]
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (run_dir / "last.pt").exists():
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    assert "the same command continues" in output
+    progress = state(run_dir)["progress"]
+    assert progress["epoch"] >= 1
+    run(arguments)
+    assert_same_run_but_for_minutes(run_dir, whole_run)
+
+
+def assert_same_run_but_for_minutes(ours: Path, theirs: Path) -> None:
+    assert metrics(ours) == metrics(theirs)
+    assert_equal(state(ours)["model"], state(theirs)["model"], "last.pt")
+    assert_equal(state(ours)["optimiser"], state(theirs)["optimiser"], "last.pt")
+
+
+def test_max_steps_ends_within_an_epoch_and_more_go_on_from_there(
+    whole_run: Path, folder: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run(command(folder, run_dir, "--max-steps", "7", "--linear-epochs", "0"))
+    assert state(run_dir)["progress"]["epoch"] == 2
+    assert state(run_dir)["progress"]["step"] == 2
+    assert [row["epoch"] for row in metrics(run_dir)] == [0, 1, 2]
+    run(command(folder, run_dir))
+    assert metrics(run_dir) == metrics(whole_run)
+    assert_equal(state(run_dir)["model"], state(whole_run)["model"], "last.pt")
+
+
+@pytest.mark.parametrize("regime", ["baseline", "joint"])
+def test_the_other_regimes_run_without_labels(folder: Path, tmp_path: Path, regime: str) -> None:
+    flat = folder / "train" / CLASS_NAMES[0]
+    run_dir = tmp_path / "run"
+    done = run(command(flat, run_dir, "--regime", regime, "--batch-size", "10", "--max-steps", "3"))
+    assert done.stdout.count("No labelled evaluation") == 1
+    rows = metrics(run_dir)
+    assert len(rows) == 2
+    assert all("knn" not in row and "linear" not in row for row in rows)
+    assert (run_dir / "backbone.pt").exists()
+
+
+def test_two_processes_continue_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def launch(run_dir: Path, *extra: str) -> None:
+        run([*launcher, *command(folder, run_dir, *extra)[1:]])
+
+    launch(tmp_path / "whole")
+    launch(tmp_path / "halves", "--max-steps", "7", "--linear-epochs", "0")
+    launch(tmp_path / "halves")
+    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
+    assert_equal(state(tmp_path / "halves")["model"], state(tmp_path / "whole")["model"], "last.pt")
+    assert [row["epoch"] for row in metrics(tmp_path / "whole")] == [0, 1, 2, 3, 3]
+
+
+def test_an_error_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    done = run(command(folder, tmp_path / "run", "--randaug-magnitude", "31"), status=1)
+    assert done.stderr == "error: RandAugment's magnitude M lies in 0..30, not 31\n"
+    assert not (tmp_path / "run").exists()
+
+
+ERRORS = {
+    "missing data": ({"data_root": "/nowhere"}, "/nowhere: no such folder"),
+    "number of operations": ({"randaug_num_ops": 0}, "at least 1 operation, not 0"),
+    "batch": ({"batch_size": 512}, "512 does not fit a set of 200 images"),
+    "warm-up": ({"warmup_epochs": 3}, "must lie below --epochs 3"),
+    "epochs": ({"epochs": 1, "warmup_epochs": 0}, "--epochs is 2 or more"),
+    "rate": ({"base_lr": -0.1}, "--base-lr is finite, 0 or more, not -0.1"),
+    "run directory": ({"run_dir": "/proc/run"}, "choose another with --run-dir"),
+    "device": ({"device": "gpu"}, "not a device"),
+    "width": ({"width": 12}, "multiple of 8, not 12"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_a_user_can_mend_stops_before_any_work(
+    folder: Path, tmp_path: Path, case: str
+) -> None:
+    wrong, message = ERRORS[case]
+    settings = {name.replace("-", "_"): value for name, value in SMALL.items()}
+    settings |= {"data_root": str(folder), "run_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(Config(**{**settings, **wrong}))
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
+def test_another_experiment_is_refused_and_fresh_keeps_the_old_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    short = ("--max-steps", "2", "--linear-epochs", "0")
+    run(command(folder, run_dir, *short))
+    weights = (run_dir / "last.pt").read_bytes()
+    done = run(command(folder, run_dir, *short, "--base-lr", "0.1", "--seed", "3"), status=1)
+    assert "base_lr was 0.3, now 0.1; seed was 0, now 3" in done.stderr
+    assert (run_dir / "last.pt").read_bytes() == weights
+    run(command(folder, run_dir, *short, "--base-lr", "0.1", "--fresh"))
+    assert (tmp_path / "run.1" / "last.pt").read_bytes() == weights
+    assert state(run_dir)["config"]["base_lr"] == 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    done = run(command(folder, tmp_path / "run", "--base-lr", "1e38"), status=1)
+    assert "no longer finite" in done.stderr or "became" in done.stderr
+    assert "Traceback" not in done.stderr
+    for value in state(tmp_path / "run")["model"].values():
+        assert value.isfinite().all()
+
+
+def test_runs_from_the_folder_too(folder: Path, tmp_path: Path) -> None:
+    arguments = command(folder, tmp_path / "run", "--max-steps", "1", "--linear-epochs", "0")
+    arguments[1] = "run.py"
+    run(arguments, cwd=RUN.parent)
+    assert (tmp_path / "run" / "backbone.pt").exists()

@@ -1,0 +1,153 @@
+"""simclr_cifar10 and byol_cifar10 as a user types them; what all runs share is in test_run.py."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import byol_cifar10.run
+import simclr_cifar10.run
+from byol_cifar10.model import online_network
+from common.runtime.errors import UserError
+from scripts import assert_equal, command_line, metrics, run, state
+
+EXPERIMENTS = ["simclr_cifar10", "byol_cifar10"]
+SMALL = {
+    "dataset": "folder",
+    "width": 8,
+    "hidden-dim": 16,
+    "projector-dim": 8,
+    "epochs": 2,
+    "warmup-epochs": 1,
+    "batch-size": 40,  # 5 steps an epoch
+    "base-lr": 0.3,
+    "linear-epochs": 1,
+    "device": "cpu",
+}
+SHORT = ("--linear-epochs", "0", "--knn-every", "0")
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[str]:
+    settings = {**SMALL, "data-root": folder, "run-dir": run_dir}
+    return command_line(f"{experiment}/run.py", settings, *extra)
+
+
+def assert_target_follows(run_dir: Path, online_passes: int) -> None:
+    """After one step: an average of where both networks began and where the online one is now."""
+    torch.manual_seed(0)
+    start = online_network("resnet18", 8, hidden_dim=16, projector_dim=8)
+    online, target = state(run_dir)["model"], state(run_dir)["target"]
+    assert online.keys() == target.keys()
+    for name, begun in start.named_parameters():
+        expected = 0.99 * begun.detach().double() + 0.01 * online[name].double()
+        torch.testing.assert_close(target[name].double(), expected, rtol=1e-6, atol=1e-8)
+    moved = [name for name, begun in start.named_parameters() if not begun.equal(online[name])]
+    assert "backbone.conv1.weight" in moved
+    assert "predictor.3.weight" in moved
+    assert online["backbone.bn1.num_batches_tracked"] == online_passes
+    assert target["backbone.bn1.num_batches_tracked"] == 2  # each target view once
+    assert target["predictor.1.num_batches_tracked"] == 0
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_stopped_by_max_steps_and_continued_is_the_same_run(
+    experiment: str, folder: Path, tmp_path: Path
+) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    run(command(experiment, folder, whole))
+    rows = metrics(whole)
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 2]
+    assert [row["lr"] for row in rows[1:3]] == pytest.approx([0.3 * 40 / 256, 0])
+    trained = {"epoch", "loss", "symmetric", "asymmetric", "spread", "lr", "knn"}
+    for row in rows[1:3]:
+        assert set(row) == trained
+        assert row["loss"] == pytest.approx(row["symmetric"] + row["asymmetric"], abs=1e-6)
+    assert rows[2]["loss"] < rows[1]["loss"]
+    assert "linear" in rows[3]
+
+    run(command(experiment, folder, run_dir, *SHORT, "--max-steps", "1"))
+    progress = state(run_dir)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 1)
+    if experiment == "byol_cifar10":
+        assert_target_follows(run_dir, online_passes=4)
+    run(command(experiment, folder, run_dir))
+    assert metrics(run_dir) == rows
+    last = state(run_dir)
+    for part in ("model", "optimiser", *(["target"] if "target" in last else [])):
+        assert_equal(last[part], state(whole)[part], part)
+    for name in ("best.pt", "linear_last.pt", "backbone.pt"):
+        assert_equal(state(run_dir, name), state(whole, name), name)
+    for name, value in state(run_dir, "backbone.pt").items():
+        assert torch.equal(value, last["model"][f"backbone.{name}"]), name
+
+
+def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile up to its last stage, which would need a C++ compiler."""
+    compiled = []
+    compile_module = torch.nn.Module.compile
+
+    def all_but_the_last_stage(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", all_but_the_last_stage)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(byol_cifar10.run, "require_compiler", lambda device: None)
+    small = {name.replace("-", "_"): value for name, value in SMALL.items()}
+    small |= {"data_root": str(folder), "backbone": "resnet10", "linear_epochs": 0, "knn_every": 0}
+
+    def train(name: str, **further: object) -> dict:
+        run_dir = tmp_path / name
+        byol_cifar10.run.main(byol_cifar10.run.Config(**small, run_dir=str(run_dir), **further))
+        return state(run_dir)
+
+    whole = train("whole", max_steps=4)
+    assert not compiled
+    train("run", max_steps=2, compile=True)
+    assert len(compiled) == 3  # the online network, the target's backbone and projector
+    continued = train("run", max_steps=4)
+    assert len(compiled) == 3
+    for part in ("model", "target"):
+        torch.testing.assert_close(continued[part], whole[part], rtol=1e-4, atol=1e-5)
+
+
+def test_without_heavy_views_there_is_no_asymmetric_loss(folder: Path, tmp_path: Path) -> None:
+    baseline = ("--regime", "baseline", "--max-steps", "1")
+    run(command("byol_cifar10", folder, tmp_path, *SHORT, *baseline))
+    row = metrics(tmp_path)[1]
+    assert row["loss"] == row["symmetric"]
+    assert "asymmetric" not in row
+    assert_target_follows(tmp_path, online_passes=2)
+
+
+def test_simclrs_negatives_come_from_both_ranks(folder: Path, tmp_path: Path) -> None:
+    arguments = command("simclr_cifar10", folder, tmp_path, *SHORT, "--max-steps", "1")
+    run([*LAUNCHER, *arguments[1:]])
+    row = metrics(tmp_path)[1]
+    # Untrained, all are about as near as the positive: the log of how many there are.
+    assert row["symmetric"] == pytest.approx(math.log(2 * 40 - 1), abs=0.2)
+    assert row["asymmetric"] == pytest.approx(2 * 0.5 * math.log(40), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong", "message"),
+    [
+        (simclr_cifar10.run, {"temperature": 0.0}, "--temperature lies above 0"),
+        (byol_cifar10.run, {"ema_decay": 1.1}, "--ema-decay lies in 0..1"),
+    ],
+)
+def test_what_a_user_can_mend_stops_before_any_work(
+    module: object, wrong: dict[str, float], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        module.main(module.Config(run_dir=str(tmp_path / "run"), **wrong))
+    assert not (tmp_path / "run").exists()

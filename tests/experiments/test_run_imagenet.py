@@ -1,0 +1,161 @@
+"""The two ImageNet experiments as a user types them, small: real JPEGs, workers, kills, ranks."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from common.data.shapes import shapes
+from common.runtime.errors import UserError
+from scripts import assert_equal, command_line, kill, metrics, on_two_ranks, run, start_until, state
+
+EXPERIMENTS = {
+    "simsiam_imagenet": {"projector-dim": 16, "predictor-dim": 8},
+    "byol_harder_aug_imagenet": {"projector-dim": 8, "hidden-dim": 16},
+}
+SMALL = {
+    "backbone": "resnet18",
+    "image-size": 32,
+    "epochs": 2,
+    "batch-size": 8,  # 2 steps an epoch
+    "workers": 1,
+    "checkpoint-minutes": 0,  # a checkpoint each step
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seventeen JPEGs without classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    images, _ = shapes(17, 60, seed=0)
+    for index, image in enumerate(images):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((0, 0, 60, 48))
+        picture.save(root / f"{index:02d}.jpg")
+    return root
+
+
+def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[str]:
+    settings = {**SMALL, **EXPERIMENTS[experiment], "data-root": folder, "run-dir": run_dir}
+    return command_line(f"{experiment}/run.py", settings, *extra)
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    assert metrics(ours) == metrics(theirs)
+    for part in ("model", "optimiser", *(["target"] if "target" in state(theirs) else [])):
+        assert_equal(state(ours)[part], state(theirs)[part], part)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_killed_and_continued_is_the_same_run(
+    experiment: str, folder: Path, tmp_path: Path
+) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    done = run(command(experiment, folder, whole))
+    assert "weights" in done.stdout
+    rows = metrics(whole)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.05])
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["symmetric"] + row["asymmetric"], abs=1e-6)
+        assert "reverse" not in row
+    assert (whole / "views.png").exists()
+
+    process = subprocess.Popen(
+        command(experiment, folder, run_dir),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (run_dir / "last.pt").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (run_dir / "backbone.pt").exists(), "killed too late"
+    run(command(experiment, folder, run_dir))
+    assert_same_end(run_dir, whole)
+    last = state(run_dir)["model"]
+    for name, value in state(run_dir, "backbone.pt").items():
+        assert torch.equal(value, last[f"backbone.{name}"]), name
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_two_ranks_killed_and_continued_end_with_the_same_weights(
+    experiment: str, folder: Path, tmp_path: Path
+) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    run(on_two_ranks(command(experiment, folder, whole)))
+    arguments = on_two_ranks(command(experiment, folder, run_dir))
+    kill(start_until(arguments, run_dir / "last.pt"))
+    assert not (run_dir / "backbone.pt").exists(), "killed too late"
+    run(arguments)
+    assert_same_end(run_dir, whole)
+
+
+def test_two_ranks_stop_together_with_one_checkpoint(folder: Path, tmp_path: Path) -> None:
+    arguments = command("simsiam_imagenet", folder, tmp_path, "--epochs", "100")
+    process = start_until(on_two_ranks(arguments), tmp_path / "last.pt")
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)  # to torchrun alone, which passes it on
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - started < 30, "torchrun's patience"
+    assert process.returncode != 0
+    assert output.count("Stopped, with a checkpoint") == 1
+    progress = state(tmp_path)["progress"]
+    assert progress["epoch"] < 100
+    assert not (tmp_path / "backbone.pt").exists()
+
+
+def test_a_broken_photograph_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    for index, source in enumerate(sorted(folder.iterdir())[:9]):
+        content = source.read_bytes()
+        target = tmp_path / "photographs" / source.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content[:200] if index == 8 else content)
+    broken = command("simsiam_imagenet", tmp_path / "photographs", tmp_path / "run")
+    done = run([*broken, "--batch-size", "9"], status=1)
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert "08.jpg cannot be decoded" in last_line
+    assert "Traceback" not in done.stderr
+    run([*broken, "--batch-size", "9", "--skip-broken", "--epochs", "1", "--fresh"])
+
+
+ERRORS = {
+    "epochs": ({"epochs": 0}, "--epochs is 1 or more, not 0"),
+    "prefetch": ({"prefetch": 0}, "--prefetch is 1 or more, not 0"),
+    "rate": ({"lr": math.nan}, "--lr is finite, 0 or more, not nan"),
+    "batch": ({"dataset": "shapes", "batch_size": 6001}, "does not fit a set of 6000 images"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_what_a_user_can_mend_stops_before_any_work(
+    experiment: str, case: str, tmp_path: Path
+) -> None:
+    wrong, message = ERRORS[case]
+    script = importlib.import_module(f"{experiment}.run")
+    config = script.Config(**{"device": "cpu", "run_dir": str(tmp_path / "run"), **wrong})
+    with pytest.raises(UserError, match=re.escape(message)):
+        script.main(config)
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
+@pytest.mark.parametrize("regime", ["baseline", "joint"])
+def test_byols_other_regimes(regime: str, folder: Path, tmp_path: Path) -> None:
+    extra = ["--regime", regime, "--standard-randaug", "0", "0", "--no-heavy-crop"]
+    run(command("byol_harder_aug_imagenet", folder, tmp_path / "run", *extra, "--epochs", "1"))
+    (row,) = metrics(tmp_path / "run")
+    assert row["loss"] == pytest.approx(row["symmetric"], abs=1e-6)
+    assert "asymmetric" not in row

@@ -1,0 +1,410 @@
+"""common/training/checkpoint.py under real kills, real damage and a real lack of room."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import pickle
+import random
+import signal
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.runtime.errors import UserError
+from common.training.checkpoint import Checkpoints, read_checkpoint, write_whole
+from processes import files, forking, in_child, limit_files_to
+
+torch.set_num_threads(1)
+
+State = dict[str, Any]
+
+
+def state_of(number: int, elements: int = 1000) -> State:
+    """A state from which its number can be told in every place."""
+    return {"number": number, "model": {"weight": torch.full((elements,), float(number))}}
+
+
+def assert_is(state: State | None, number: int) -> None:
+    assert state is not None
+    assert state["number"] == number
+    assert (state["model"]["weight"] == number).all()
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """What the files take up; two names of one file count once."""
+    entries = [path.stat() for path in folder.iterdir()]
+    return sum({entry.st_ino: entry.st_size for entry in entries}.values())
+
+
+@pytest.fixture(params=[True, False], ids=["links", "no links"])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With hard links, and on a file system that has none."""
+    if not request.param:
+
+        def refuse(source: Path, target: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    return request.param
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+def test_nothing_to_continue_from(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path).load() is None
+    assert Checkpoints(tmp_path / "missing").load() is None
+    with pytest.raises(UserError, match=r"last\.pt: no such checkpoint"):
+        read_checkpoint(tmp_path / "last.pt")
+
+
+def test_previous_is_the_one_before_last(tmp_path: Path, links: bool) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(1))
+    assert files(tmp_path) == ["last.pt"]
+    for number in (2, 3, 4):
+        checkpoints.save(state_of(number))
+        assert files(tmp_path) == ["last.pt", "previous.pt"]
+        assert_is(checkpoints.load(), number)
+        assert_is(read_checkpoint(tmp_path / "previous.pt"), number - 1)
+
+
+def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    state = {
+        "model": {"weight": weight, "half": weight.bfloat16(), "count": torch.tensor(3)},
+        "optimiser": {"state": {0: {"momentum_buffer": -weight}}, "param_groups": [{"lr": 0.1}]},
+        "progress": {"epoch": 7, "knn": None, "sums": {"loss": -0.1}, "name": "T̂", "flag": True},
+    }
+    Checkpoints(tmp_path).save(state)
+    loaded = Checkpoints(tmp_path).load()
+    assert loaded["progress"] == state["progress"]
+    assert loaded["optimiser"]["param_groups"] == [{"lr": 0.1}]
+    assert torch.equal(loaded["optimiser"]["state"][0]["momentum_buffer"], -weight)
+    for name, value in state["model"].items():
+        assert loaded["model"][name].dtype == value.dtype
+        assert torch.equal(loaded["model"][name], value)
+
+
+def test_other_names_do_not_meet(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(state_of(1))
+    linear = Checkpoints(tmp_path, "linear_last.pt", "linear_previous.pt")
+    assert linear.load() is None
+    linear.save(state_of(2))
+    linear.save(state_of(3))
+    assert_is(Checkpoints(tmp_path).load(), 1)
+    assert files(tmp_path) == ["last.pt", "linear_last.pt", "linear_previous.pt"]
+
+
+# ---------------------------------------------------------------- at every moment
+
+
+def test_a_new_one_is_on_the_disk_before_it_takes_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the fsync a power cut could leave the new name on an empty file."""
+    path = tmp_path / "last.pt"
+    write_whole(path, state_of(1))
+    really_sync = os.fsync
+    synced: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        really_sync(descriptor)
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            assert_is(read_checkpoint(path), 2)  # the folder follows, for the name itself
+        else:
+            assert_is(read_checkpoint(path), 1)
+            beside = tmp_path / "last.pt.partial"
+            assert beside.stat().st_ino == status.st_ino
+            assert_is(read_checkpoint(beside), 2)
+        synced.append(status.st_ino)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_whole(path, state_of(2))
+    assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]
+    assert files(tmp_path) == ["last.pt"]
+
+
+def test_never_three_of_them(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    really_sync = os.fsync
+    most: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        really_sync(descriptor)  # the moment at which the new one is whole, and still beside
+        most.append(bytes_on_disk(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    checkpoints.save(state_of(1))
+    size = bytes_on_disk(tmp_path)
+    for number in (2, 3, 4, 5):
+        checkpoints.save(state_of(number))
+    assert max(most) == 2 * size
+    assert bytes_on_disk(tmp_path) == 2 * size
+
+
+def test_kill_9_at_any_moment(tmp_path: Path, links: bool) -> None:
+    """Each process continues from what the one before it left, and is killed in its turn."""
+    context = forking()
+    moments = random.Random(0)
+
+    def save_without_end(first: int) -> None:
+        checkpoints = Checkpoints(tmp_path)
+        for number in itertools.count(first):
+            checkpoints.save(state_of(number, elements=100_000))
+            sending.send(number)
+
+    reached = 0
+    for _ in range(15):
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=save_without_end, args=(reached + 1,))
+        process.start()
+        assert receiving.poll(60)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        while receiving.poll():
+            reported = receiving.recv()
+        receiving.close()
+        sending.close()
+
+        state = Checkpoints(tmp_path).load()
+        assert state["number"] in (reported, reported + 1), "a checkpoint that was saved is lost"
+        reached = state["number"]
+        assert_is(state, reached)
+        if links:
+            assert_is(read_checkpoint(tmp_path / "last.pt"), reached)
+        if (tmp_path / "previous.pt").exists():
+            # The same one if the kill came while the next one was being written.
+            number = read_checkpoint(tmp_path / "previous.pt")["number"]
+            assert_is(read_checkpoint(tmp_path / "previous.pt"), number)
+            assert number in (reached - 1, reached)
+        assert bytes_on_disk(tmp_path) < 2.1 * 400_000  # two of 100,000 float32, never three
+
+
+# ---------------------------------------------------------------- damage
+
+
+def cut_off(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_in_a_tensor(content: bytes) -> bytes:
+    """Flip one bit in the middle of the weight, which stands in the file as it stands in memory."""
+    number = torch.full((1000,), 2.0).numpy().tobytes()
+    middle = content.index(number) + len(number) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": cut_off,
+    "last byte missing": lambda content: content[:-1],
+    "flipped in a tensor": flip_in_a_tensor,
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "garbage": lambda content: random.Random(0).randbytes(len(content)),
+    "text": lambda content: b"<html>404 Not Found</html>",
+}
+
+
+def damage(path: Path, kind: str) -> None:
+    path.write_bytes(DAMAGES[kind](path.read_bytes()))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_previous_takes_over_from_a_damaged_last(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(1))
+    checkpoints.save(state_of(2))
+    assert_is(checkpoints.load(), 2)
+    assert capsys.readouterr().out == ""
+    damage(checkpoints.last, kind)
+    assert_is(checkpoints.load(), 1)
+    (message,) = capsys.readouterr().out.splitlines()
+    assert message.startswith(f"warning: {checkpoints.last} is damaged")
+    assert message.endswith(f"continuing from {checkpoints.previous}")
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        read_checkpoint(checkpoints.last)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_nothing_readable_left_is_the_users_to_mend(kind: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(2))
+    checkpoints.save(state_of(2))
+    damage(checkpoints.last, kind)
+    damage(checkpoints.previous, kind)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError) as raised:
+        checkpoints.load()
+    assert str(checkpoints.last) in str(raised.value)
+    assert str(checkpoints.previous) in str(raised.value)
+    assert "--fresh" in str(raised.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_last_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(1))
+    damage(checkpoints.last, "cut off")
+    with pytest.raises(UserError, match="--fresh"):
+        checkpoints.load()
+
+
+def test_a_missing_last_leaves_the_previous_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(1))
+    checkpoints.save(state_of(2))
+    checkpoints.last.unlink()
+    assert_is(checkpoints.load(), 1)
+
+
+def flipped_states(path: Path, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The places (byte, bit) at which a flip goes unnoticed and changes what is read."""
+    content = path.read_bytes()
+    wrong = []
+    for byte, bit in places:
+        flipped = bytearray(content)
+        flipped[byte] ^= 1 << bit
+        path.write_bytes(flipped)
+        try:
+            state = read_checkpoint(path)
+        except UserError:
+            continue
+        weight = state["model"]["weight"]
+        if state["number"] != 3 or weight.shape != (20,) or not (weight == 3).all():
+            wrong.append((byte, bit))
+    return wrong
+
+
+def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    write_whole(path, state_of(3, elements=20))
+    chance = random.Random(0)
+    size = path.stat().st_size
+    places = [(chance.randrange(size), chance.randrange(8)) for _ in range(300)]
+    assert flipped_states(path, places) == []
+
+
+def test_a_tensor_that_becomes_a_folder_is_noticed(tmp_path: Path) -> None:
+    """The one bit of a tensor's entry that no checksum covers: its DOS attribute "directory"."""
+    path = tmp_path / "last.pt"
+    write_whole(path, state_of(3, elements=20))
+    content = path.read_bytes()
+    name = content.rindex(b"data/0")  # the central directory stands at the file's end
+    entry = content.rindex(b"PK\x01\x02", 0, name)
+    assert flipped_states(path, [(entry + 38, 4)]) == []
+
+
+class Harmful:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_code_in_a_checkpoint_is_refused_and_never_run(as_zip: bool, tmp_path: Path) -> None:
+    proof = tmp_path / "it ran"
+    state = {**state_of(1), "model": Harmful(proof)}
+    pickle.loads(pickle.dumps(state))
+    assert proof.exists(), "it would run"
+    proof.unlink()
+    checkpoints = Checkpoints(tmp_path)
+    if as_zip:
+        torch.save(state, checkpoints.last)
+    else:
+        checkpoints.last.write_bytes(pickle.dumps(state))
+    with pytest.raises(UserError, match=r"last\.pt"):
+        checkpoints.load()
+    assert not proof.exists()
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize("room", [0, 1, 700, 9000, 20_000, -2500, -500, -1])
+def test_a_full_disk_leaves_the_last_one_and_no_litter(
+    room: int, tmp_path: Path, links: bool
+) -> None:
+    """Room for some bytes of a checkpoint, or for all but some.
+
+    40 kB do not fit a file's buffer, so that writing fails in every place where it can: in Python's
+    buffer, in the middle of a tensor (torch then raises a RuntimeError) and in the last flush.
+    """
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(1, elements=10_000))
+    checkpoints.save(state_of(2, elements=10_000))
+    size = checkpoints.last.stat().st_size
+
+    def run_out_of_room() -> None:
+        limit_files_to(room % size)
+        with pytest.raises(OSError):  # noqa: PT011 (its number depends on where it fails)
+            checkpoints.save(state_of(3, elements=10_000))
+
+    in_child(run_out_of_room)
+    assert_is(checkpoints.load(), 2)
+    assert files(tmp_path) == (["last.pt", "previous.pt"] if links else ["previous.pt"])
+    checkpoints.save(state_of(3, elements=10_000))  # there is room again
+    assert_is(checkpoints.load(), 3)
+    assert_is(read_checkpoint(checkpoints.previous), 2)
+
+
+def test_a_disk_that_stays_full_collects_no_litter(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_of(1))
+    checkpoints.save(state_of(2))
+
+    def run_out_of_room_twice() -> None:
+        limit_files_to(1000)
+        for number in (3, 4):
+            with pytest.raises(OSError):  # noqa: PT011
+                checkpoints.save(state_of(number))
+
+    in_child(run_out_of_room_twice)
+    assert_is(checkpoints.load(), 2)
+    assert files(tmp_path) == ["last.pt", "previous.pt"]
+    checkpoints.save(state_of(3))
+    assert files(tmp_path) == ["last.pt", "previous.pt"]
+
+
+def test_room_for_exactly_one_is_enough(tmp_path: Path) -> None:
+    write_whole(tmp_path / "last.pt", state_of(1))
+    size = (tmp_path / "last.pt").stat().st_size
+
+    def save() -> None:
+        limit_files_to(size)
+        write_whole(tmp_path / "last.pt", state_of(2))
+
+    in_child(save)
+    assert_is(read_checkpoint(tmp_path / "last.pt"), 2)
+
+
+def test_a_full_disk_at_the_very_first_one(tmp_path: Path) -> None:
+    def run_out_of_room() -> list[str]:
+        limit_files_to(1000)
+        with pytest.raises(OSError):  # noqa: PT011
+            Checkpoints(tmp_path).save(state_of(1))
+        return files(tmp_path)
+
+    assert in_child(run_out_of_room) == []
+    assert Checkpoints(tmp_path).load() is None
+
+
+def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "missing" / "last.pt", state_of(1))

@@ -1,0 +1,556 @@
+"""What a run's folder holds after all that can happen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.runtime.errors import UserError
+from common.runtime.ranks import Ranks
+from common.training import run_folder as run_log
+from common.training.checkpoint import read_checkpoint
+from common.training.progress import Progress
+from common.training.run_folder import MAY_CHANGE, RunLog
+from processes import files, forking, in_child, limit_files_to
+from simsiam_cifar10.run import Config
+
+torch.set_num_threads(1)
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+NOT_MAIN = Ranks(1, 1, torch.device("cpu"))  # world size 1, so that it waits for nobody
+SETTINGS: dict[str, Any] = {
+    **asdict(Config()),
+    "workers": 4,
+    "prefetch": 4,
+    "pin_memory": True,
+}  # as the ImageNet experiments have
+
+
+@pytest.fixture(autouse=True)
+def no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave this repository's git alone; `checkout` makes one of its own."""
+    monkeypatch.setattr(run_log, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "a run"
+
+
+def open_log(
+    folder: Path, config: Mapping[str, Any] | None = None, fresh: bool = False, ranks: Ranks = ALONE
+) -> RunLog:
+    return RunLog(folder, SETTINGS if config is None else config, fresh, ranks)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: step and value of each scalar."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    names = events.Tags()["scalars"]
+    return {
+        name.removeprefix("epoch/"): [(event.step, event.value) for event in events.Scalars(name)]
+        for name in names
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that lies in a folder and below it, but for the lock."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def run_epochs(
+    folder: Path, epochs: range, values: float, checkpoint_after: int | None = None
+) -> None:
+    """A process that continues the run through some epochs and ends without a word."""
+    log = open_log(folder)
+    saved = log.load_checkpoint()
+    log.open(saved["metrics_bytes"] if saved else 0, saved["next"] if saved else 0)
+    for epoch in epochs:
+        log.write(epoch, {"loss": values + epoch})
+        if epoch == checkpoint_after:
+            log.save({"next": epoch + 1})
+
+
+def wait_for_the_next_second() -> None:
+    """TensorBoard reads its files in the order of their names, which count whole seconds."""
+    time.sleep(1.01 - time.time() % 1)
+
+
+# ---------------------------------------------------------------- metrics and events
+
+
+def test_what_came_after_the_checkpoint_is_forgotten(folder: Path) -> None:
+    run_epochs(folder, range(1, 6), values=0.5, checkpoint_after=3)
+    assert [row["epoch"] for row in rows_of(folder)] == [1, 2, 3, 4, 5]
+    wait_for_the_next_second()
+    run_epochs(folder, range(4, 8), values=0.25, checkpoint_after=7)
+
+    expected = [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.25), (5, 5.25), (6, 6.25), (7, 7.25)]
+    rows = [{"epoch": epoch, "loss": loss} for epoch, loss in expected]
+    assert rows_of(folder) == rows
+    assert events_of(folder) == {"loss": expected}  # every epoch once, and no text
+
+
+def test_without_a_checkpoint_everything_is_forgotten(folder: Path) -> None:
+    run_epochs(folder, range(3), values=0.5)
+    wait_for_the_next_second()
+    run_epochs(folder, range(2), values=0.25)
+    assert [row["loss"] for row in rows_of(folder)] == [0.25, 1.25]
+    assert events_of(folder) == {"loss": [(0, 0.25), (1, 1.25)]}
+
+
+def test_metrics_are_cut_to_the_checkpoints_length_to_the_byte(folder: Path) -> None:
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=1)
+    text = (folder / "metrics.jsonl").read_bytes()
+    first_row = text[: text.index(b"\n") + 1]
+    assert read_checkpoint(folder / "last.pt")["metrics_bytes"] == len(first_row)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"epoch": 3, "lo')  # the process was killed in the middle of a row
+    log = open_log(folder)
+    log.open(len(first_row), 2)
+    assert (folder / "metrics.jsonl").read_bytes() == first_row
+    log.write(2, {"loss": 1.0})
+    assert (folder / "metrics.jsonl").read_bytes() == first_row + b'{"epoch": 2, "loss": 1.0}\n'
+
+
+def test_lost_metrics_do_not_come_back_as_zeros(folder: Path) -> None:
+    """Cutting a file to more than its length would fill it up with zero bytes."""
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
+    (folder / "metrics.jsonl").unlink()
+    run_epochs(folder, range(3, 4), values=0.5)
+    assert rows_of(folder) == [{"epoch": 3, "loss": 3.5}]
+
+
+def test_a_checkpoint_holds_state_settings_and_the_log_s_length(folder: Path) -> None:
+    log = open_log(folder)
+    log.open(0, 0)
+    log.write(1, {"loss": 0.5})
+    log.save({"model": {"weight": torch.arange(3)}})
+    log.write(2, {"loss": 0.25})
+    log.save({"model": {"weight": torch.arange(4)}})
+    log.save_file("best.pt", {"knn": 12.5})
+    both = len('{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": 0.25}\n')
+    for name, length, size in (("last.pt", 4, both), ("previous.pt", 3, 26)):
+        state = read_checkpoint(folder / name)
+        assert state.keys() == {"model", "config", "metrics_bytes"}
+        assert torch.equal(state["model"]["weight"], torch.arange(length))
+        assert state["config"] == SETTINGS
+        assert state["metrics_bytes"] == size
+    assert read_checkpoint(folder / "best.pt") == {"knn": 12.5}
+
+
+def test_the_picture(folder: Path) -> None:
+    pixels = numpy.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=numpy.uint8)
+    log = open_log(folder)
+    log.open(0, 0)
+    log.picture(Image.fromarray(pixels))
+    assert (numpy.asarray(Image.open(folder / "views.png")) == pixels).all()
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    (shown,) = events.Images("views")
+    assert (shown.step, shown.height, shown.width) == (0, 6, 9)
+
+
+def test_other_ranks_write_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = open_log(folder)
+    main.open(0, 0)
+    main.write(1, {"loss": 1.5})
+    main.save({"next": 2})
+    before = contents(folder)
+    log = open_log(folder, ranks=NOT_MAIN)
+    assert log.load_checkpoint()["next"] == 2  # reading is every rank's
+    log.open(0, 0)
+    log.write(1, {"loss": 0.5})
+    log.save({"next": 1}, must=True)
+    log.save_file("best.pt", {}, must=True)
+    log.picture(Image.new("RGB", (2, 2)))
+    log.tell("nothing")
+    log.tell_epoch(1, 2, {"spread": 0.0})
+    log.tell_result(Progress(), None)
+    log.close()
+    assert contents(folder) == before
+    assert files(folder.parent) == ["a run"]
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- settings
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else value + 1
+
+
+def test_may_change_names_real_settings() -> None:
+    names = {field.name for field in fields(Config)}
+    assert names | {"workers", "prefetch", "pin_memory"} >= MAY_CHANGE
+
+
+def refusal(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The error with which these settings are refused; None where they continue the run."""
+    try:
+        assert open_log(folder, config).load_checkpoint() is not None
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_changed_setting(name: str, folder: Path) -> None:
+    """Where and how it runs, what is logged and how far it goes may change; nothing else."""
+    open_log(folder).save({"next": 3})
+    value = SETTINGS[name]
+    message = refusal(folder, {**SETTINGS, name: changed(value)})
+    if name in {
+        *(
+            "device",
+            "workers",
+            "prefetch",
+            "pin_memory",
+            "compile",
+            "data_root",
+            "run_dir",
+            "fresh",
+        ),
+        *("knn_every", "linear_epochs", "max_steps", "checkpoint_minutes"),
+    }:
+        assert message is None
+    else:
+        assert f"{folder} holds a run with other settings" in message
+        assert f": {name} was {value!r}, now {changed(value)!r}. " in message
+        assert "--fresh" in message
+
+
+def test_every_changed_setting_is_named(folder: Path) -> None:
+    open_log(folder).save({})
+    message = refusal(folder, {**SETTINGS, "seed": 5, "epochs": 200, "device": "cuda"})
+    assert "settings: epochs was 800, now 200; seed was 0, now 5. " in message
+    older = {name: value for name, value in SETTINGS.items() if name != "reverse_weight"}
+    assert "settings: reverse_weight was 0.1, now None. " in refusal(folder, older)
+
+
+def test_the_same_settings_continue(folder: Path) -> None:
+    assert open_log(folder).load_checkpoint() is None
+    open_log(folder).save({"next": 3})
+    assert open_log(folder).load_checkpoint()["next"] == 3
+
+
+def test_another_number_of_images_is_refused() -> None:
+    Progress(images=50_000).check_images(50_000)
+    with pytest.raises(UserError, match=r"with 50000 training images, now there are 49999"):
+        Progress(images=50_000).check_images(49_999)
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def test_config_json_says_what_ran_where(folder: Path) -> None:
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    open_log(folder).open(0, 0)
+    written = json.loads((folder / "config.json").read_text())
+    assert written.keys() == {"config", "starts"}
+    assert written["config"] == SETTINGS
+    (start,) = written["starts"]
+    assert start["device"] == f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    assert start["processes"] == 1
+    assert start["git_commit"] is None
+    assert start["versions"].pop("python") == platform.python_version()
+    assert start["versions"].keys() == {"torch", "torchvision", "numpy"}
+    for module in (torch, torchvision, numpy):
+        # torch's own idea of its version may name the CUDA build behind a plus.
+        assert module.__version__.split("+")[0] == start["versions"][module.__name__].split("+")[0]
+    started = datetime.fromisoformat(start["time"])
+    assert before <= started <= before + timedelta(minutes=1)
+
+
+def test_config_json_keeps_the_starts_and_the_latest_settings(folder: Path) -> None:
+    open_log(folder).open(0, 0)
+    open_log(folder, {**SETTINGS, "knn_every": 5}).open(0, 0)
+    written = json.loads((folder / "config.json").read_text())
+    assert len(written["starts"]) == 2
+    assert written["config"] == {**SETTINGS, "knn_every": 5}
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"config": {}}'])
+def test_a_broken_config_json_is_written_anew(content: str, folder: Path) -> None:
+    open_log(folder).open(0, 0)
+    (folder / "config.json").write_text(content)
+    open_log(folder).open(0, 0)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["config"] == SETTINGS
+    assert len(written["starts"]) == 1
+
+
+def git_object(repository: Path, kind: str, content: bytes) -> str:
+    """Write an object of a git repository; its name."""
+    whole = f"{kind} {len(content)}\0".encode() + content
+    name = hashlib.sha1(whole).hexdigest()
+    path = repository / ".git" / "objects" / name[:2] / name[2:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(zlib.compress(whole))
+    return name
+
+
+@pytest.mark.parametrize("is_dirty", [False, True])
+def test_the_commit_is_recorded_and_whether_files_differ(
+    is_dirty: bool, folder: Path, tmp_path: Path
+) -> None:
+    """A repository by hand, of one commit: without a file, or with one that is missing."""
+    tree = b""
+    if is_dirty:
+        blob = git_object(tmp_path, "blob", b"content")
+        tree = b"100644 missing\0" + bytes.fromhex(blob)
+    who = "A <a@b> 1700000000 +0000"
+    text = f"tree {git_object(tmp_path, 'tree', tree)}\nauthor {who}\ncommitter {who}\n\nmessage\n"
+    commit = git_object(tmp_path, "commit", text.encode())
+    for name in ("heads", "tags"):
+        (tmp_path / ".git" / "refs" / name).mkdir(parents=True)
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    for name in ("heads/main", "tags/v1.0"):  # a tag does not stand in for the commit
+        (tmp_path / ".git" / "refs" / name).write_text(commit + "\n")
+
+    open_log(folder).open(0, 0)
+    (start,) = json.loads((folder / "config.json").read_text())["starts"]
+    assert start["git_commit"] == commit + "-dirty" * is_dirty
+
+
+# ---------------------------------------------------------------- whose folder
+
+
+def test_fresh_moves_aside_and_deletes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
+    first = contents(folder)
+    assert {"config.json", "metrics.jsonl", "last.pt"} < first.keys()
+    log = open_log(folder, {"another": "experiment"}, fresh=True)
+    assert log.load_checkpoint() is None
+    assert contents(folder) == first, "nothing moves before the run is sure to start"
+    capsys.readouterr()
+    log.open(0, 0)
+    assert capsys.readouterr().out == f"The earlier run lies in {folder}.1.\n"
+    assert contents(folder.parent / "a run.1") == first
+    log.close()
+    second = contents(folder)
+    assert "last.pt" not in second
+    log = open_log(folder, fresh=True)
+    log.open(0, 0)
+    log.close()
+    assert files(folder.parent) == ["a run", "a run.1", "a run.2"]
+    assert contents(folder.parent / "a run.1") == first
+    assert contents(folder.parent / "a run.2") == second
+    capsys.readouterr()
+    log = open_log(folder.parent / "new", fresh=True)
+    log.open(0, 0)  # nothing to move
+    assert files(folder.parent) == ["a run", "a run.1", "a run.2", "new"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_whose_checkpoints_were_deleted_is_not_overwritten(folder: Path) -> None:
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
+    (folder / "last.pt").rename(folder / "backbone.pt")
+    with pytest.raises(UserError, match=r"holds backbone\.pt but no checkpoint.*--fresh"):
+        open_log(folder).load_checkpoint()
+
+
+@pytest.mark.parametrize("fresh_before", [False, True])
+def test_another_process_is_refused_until_the_first_is_gone(
+    fresh_before: bool, folder: Path
+) -> None:
+    context = forking()
+    receiving, sending = context.Pipe(duplex=False)
+    folder.mkdir(parents=True)
+    (folder / "note.txt").write_text("of the earlier run")
+
+    def hold() -> None:
+        log = open_log(folder, fresh=fresh_before)
+        log.open(0, 0)
+        sending.send("it is mine")
+        time.sleep(60)
+
+    process = context.Process(target=hold)
+    process.start()
+    try:
+        assert receiving.poll(60)
+        before = files(folder)
+        for fresh in (False, True):
+            with pytest.raises(UserError, match="another process is at work in") as raised:
+                open_log(folder, fresh=fresh)
+            assert str(folder) in str(raised.value)
+            assert "--run-dir" in str(raised.value)
+        assert files(folder) == before
+        assert files(folder.parent) == ["a run", "a run.1"][: 1 + fresh_before]
+    finally:
+        process.kill()  # -9: it cannot clean up behind itself
+        process.join()
+    assert open_log(folder).load_checkpoint() is None
+
+
+def test_a_folder_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError) as raised:
+            open_log(folder)
+        assert f"the run directory {folder} cannot be written" in str(raised.value)
+        assert "--run-dir" in str(raised.value)
+    assert (tmp_path / "file").read_text() == "text"
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that other users may look into, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "with a lock"])
+def test_a_read_only_folder(state: str, shared_folder: Path) -> None:
+    folder = shared_folder / "run" if state == "missing" else shared_folder
+    if state == "with a lock":  # of an earlier run; it may be taken, but nothing beside it written
+        (folder / ".lock").touch()
+        (folder / ".lock").chmod(0o666)
+    shared_folder.chmod(0o555)
+    before = files(shared_folder)
+
+    def try_to_log() -> str:
+        if os.geteuid() == 0:
+            os.setuid(65534)  # nobody; root may write everywhere
+        assert files(shared_folder) == before  # it is there and can be read
+        with pytest.raises(UserError) as raised:
+            open_log(folder)
+        return str(raised.value)
+
+    message = in_child(try_to_log)
+    assert f"the run directory {folder} cannot be written (Permission denied)" in message
+    assert files(shared_folder) == before
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_rows_wait_for_room(folder: Path) -> None:
+    """The second row is cut short, the third not even begun; both come with the fourth."""
+
+    def run_out_of_room() -> tuple[bytes, list[str]]:
+        log = open_log(folder)
+        told: list[str] = []
+        log.tell = told.append
+        log.open(0, 0)
+        log.write(1, {"loss": 0.5})
+        limit_files_to(log.metrics_bytes + 5)
+        log.write(2, {"loss": 0.25})
+        log.write(3, {"loss": 0.125})
+        while_full = log.metrics_path.read_bytes()
+        limit_files_to(None)
+        log.write(4, {"loss": 1.0})
+        return while_full, told
+
+    while_full, told = in_child(run_out_of_room)
+    assert while_full.startswith(b'{"epoch": 1, "loss": 0.5}\n')
+    assert b'"epoch": 2' not in while_full
+    losses = {1: 0.5, 2: 0.25, 3: 0.125, 4: 1.0}
+    assert rows_of(folder) == [{"epoch": epoch, "loss": loss} for epoch, loss in losses.items()]
+    assert len([line for line in told if "metrics.jsonl cannot be written now" in line]) == 2
+    # TensorBoard's writer does not survive; that is said once.
+    assert len([line for line in told if "TensorBoard's events cannot be written" in line]) == 1
+    assert events_of(folder) == {"loss": [(1, 0.5)]}
+
+
+def test_rows_that_waited_come_with_the_checkpoint(folder: Path) -> None:
+    def run_out_of_room() -> None:
+        log = open_log(folder)
+        log.open(0, 0)
+        log.write(1, {"loss": 0.5})
+        limit_files_to(log.metrics_bytes)
+        log.write(2, {"loss": 0.25})
+        limit_files_to(None)
+        log.save({})
+
+    in_child(run_out_of_room)
+    assert [row["epoch"] for row in rows_of(folder)] == [1, 2]
+    size = (folder / "metrics.jsonl").stat().st_size
+    assert read_checkpoint(folder / "last.pt")["metrics_bytes"] == size
+
+
+def test_a_checkpoint_on_a_full_disk(folder: Path) -> None:
+    """A warning within the run; at its end an error that says what to do. The last one stands."""
+
+    def run_out_of_room() -> tuple[list[str], str]:
+        log = open_log(folder)
+        told: list[str] = []
+        log.tell = told.append
+        log.open(0, 0)
+        log.save({"next": 1})
+        log.save_file("best.pt", {"next": 1})
+        limit_files_to(500)
+        log.save({"next": 2})
+        log.save_file("best.pt", {"next": 2})
+        with pytest.raises(UserError) as raised:
+            log.save({"next": 3}, must=True)
+        with pytest.raises(UserError, match="make room"):
+            log.save_file("best.pt", {"next": 3}, must=True)
+        return told, str(raised.value)
+
+    (last, best), error = in_child(run_out_of_room)
+    assert last.startswith(f"warning: {folder / 'last.pt'} cannot be written")
+    assert best.startswith(f"warning: {folder / 'best.pt'} cannot be written")
+    assert error.startswith(f"{folder / 'last.pt'} cannot be written")
+    assert "make room" in error
+    assert open_log(folder).load_checkpoint()["next"] == 1
+    assert read_checkpoint(folder / "best.pt") == {"next": 1}
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def test_collapse_is_told_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = open_log(folder)
+    warned = []
+    for epoch, spread in enumerate((0.9, 0.1, 0.099, 0.05, 0.9, 0.01), start=1):
+        log.tell_epoch(epoch, 6, {"loss": -0.5, "spread": spread})
+        line, *warning = capsys.readouterr().out.splitlines()
+        assert line == f"epoch {epoch}/6: loss -0.5, spread {spread:.4g}"
+        warned += [(epoch, text) for text in warning]
+    ((epoch, text),) = warned
+    assert epoch == 3
+    assert re.match(r"warning: the representation has collapsed \(spread 0\.099", text)
+
+
+def test_the_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = open_log(folder)
+    log.tell_result(Progress(knn=61.25, untrained_knn=31.5), linear=70.125)
+    told = capsys.readouterr().out
+    assert re.search(r"^kNN accuracy +61\.25 %$", told, re.MULTILINE)
+    assert re.search(r"^ +untrained +31\.50 %$", told, re.MULTILINE)
+    assert re.search(r"^linear accuracy +70\.12 %$", told, re.MULTILINE)
+    for name in ("views.png", "backbone.pt", "metrics.jsonl"):
+        assert re.search(rf" {re.escape(str(folder / name))}$", told, re.MULTILINE)
+    log.tell_result(Progress(), linear=None)
+    assert "accuracy" not in capsys.readouterr().out
