@@ -1,4 +1,4 @@
-"""results/miniature: what the campaign would run, and the tables made of what it leaves."""
+"""results/: what the campaigns would run, and the tables made of what they leave."""
 
 from __future__ import annotations
 
@@ -14,34 +14,52 @@ import report
 from scripts import ROOT
 
 
-def test_every_cell_of_both_tables_is_planned_and_each_run_differs() -> None:
-    settings = {}
-    for run in campaign.plan():
+def planned(name: str) -> dict[tuple, str]:
+    """A campaign's run names by experiment, regime, seed, epochs and heavy augmentation."""
+    names = {}
+    plan = campaign.Campaign(name)
+    for run in plan.runs:
         script = importlib.import_module(f"{run.experiment}.run")
-        words = campaign.command(run, campaign.Config())
+        words = plan.command(run, campaign.Config(name))
         assert words[1] == str(ROOT / run.experiment / "run.py")
         config = tyro.cli(script.Config, args=words[2:])
         script.check(config)
-        assert config.epochs == 10
         heavy = (config.randaug_num_ops, config.randaug_magnitude, config.translate_relative)
-        key = (run.experiment, config.regime, config.seed, heavy)
-        assert key not in settings, run.name
-        settings[key] = run.name
+        key = (run.experiment, config.regime, config.seed, config.epochs, heavy)
+        assert key not in names, run.name
+        names[key] = run.name
         assert config.run_dir.endswith(run.name)
+    return names
+
+
+def test_every_cell_of_both_tables_is_planned_and_each_run_differs() -> None:
+    settings = planned("miniature")
     paper = (2, 9, False)
     for seed in (0, 1, 2):
         for regime in ("baseline", "joint", "dssl"):
             for method in ("simclr", "byol", "simsiam"):
-                name = settings.pop((f"{method}_cifar10", regime, seed, paper))
+                name = settings.pop((f"{method}_cifar10", regime, seed, 10, paper))
                 assert name == f"{method}-{regime}-seed{seed}"
         for regime in ("joint", "dssl"):
             for heavy in ((4, 10, False), (8, 16, False)):
-                del settings["byol_cifar10", regime, seed, heavy]
+                del settings["byol_cifar10", regime, seed, 10, heavy]
     assert sorted(settings) == [
-        (f"{method}_cifar10", regime, 0, (2, 9, True))
+        (f"{method}_cifar10", regime, 0, 10, (2, 9, True))
         for method in ("simclr", "simsiam")
         for regime in ("dssl", "joint")
     ]
+
+
+def test_the_long_campaign_compares_equal_epochs_and_equal_cost() -> None:
+    paper, heavier = (2, 9, False), (8, 16, False)
+    regimes = [("dssl", 100), ("baseline", 100), ("joint", 100), ("baseline", 200)]
+    expected = [
+        ("simsiam_cifar10", regime, seed, epochs, paper)
+        for seed in (0, 1)
+        for regime, epochs in regimes
+    ]
+    expected += [("byol_cifar10", regime, 0, 100, heavier) for regime in ("joint", "dssl")]
+    assert list(planned("long")) == expected
 
 
 def leave(folder: Path, rows: list[dict[str, float]]) -> None:
@@ -52,33 +70,32 @@ def leave(folder: Path, rows: list[dict[str, float]]) -> None:
 def test_a_run_is_kept_when_its_linear_accuracy_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(campaign, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(campaign, "REPOSITORY", tmp_path)
     monkeypatch.setattr(campaign, "RESULTS", tmp_path / "results")
-    (tmp_path / "results").mkdir()
-    run = next(campaign.plan())
-    folder = tmp_path / "runs" / run.name
+    plan = campaign.Campaign("miniature")
+    run = plan.runs[0]
+    folder = tmp_path / "runs" / "miniature" / run.name
     assert not campaign.is_finished(folder)
     leave(folder, [{"epoch": 0, "knn": 30.0}])
     assert not campaign.is_finished(folder)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": 10, "linear": 50.0}) + "\n")
-    flags = {**campaign.RECIPE, **run.flags}
-    settings = {name.replace("-", "_"): value for name, value in flags.items()}
+    settings = {name.replace("-", "_"): value for name, value in run.flags.items()}
     settings["dataset"] = "cifar10"
     paths = {"data_root": "/home/someone/data", "run_dir": str(folder)}
     (folder / "config.json").write_text(json.dumps({"config": {**settings, **paths}}))
     assert campaign.is_finished(folder)
-    assert not campaign.is_kept(run, "cifar10")
-    campaign.keep(run)
-    assert campaign.is_kept(run, "cifar10")
-    assert not campaign.is_kept(run, "folder")  # other pixels
-    kept = tmp_path / "results" / run.name
+    assert not plan.is_kept(run, "cifar10")
+    plan.keep(run)
+    assert plan.is_kept(run, "cifar10")
+    assert not plan.is_kept(run, "folder")  # other pixels
+    kept = tmp_path / "results" / "miniature" / run.name
     assert (kept / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
     assert json.loads((kept / "config.json").read_text()) == {
         "config": {**settings, "data_root": "data", "run_dir": run.name}
     }
-    monkeypatch.setitem(campaign.RECIPE, "epochs", 20)  # another recipe's results do not count
-    assert not campaign.is_kept(run, "cifar10")
+    longer = run._replace(flags={**run.flags, "epochs": 20})
+    assert not plan.is_kept(longer, "cifar10")  # another recipe's results do not count
 
 
 def test_tables_are_means_over_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
