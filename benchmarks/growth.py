@@ -28,7 +28,7 @@ from common.runtime.memory import keep_freed_memory
 from common.runtime.seeding import generator_for
 from common.views import ViewMaker
 from contest import machine
-from simsiam_cifar10.loss import pull
+from simsiam_cifar10.loss import pair_loss
 from simsiam_cifar10.model import SimSiam
 
 
@@ -60,7 +60,7 @@ def step_of(width: int, batch: int, size: int) -> Callable[[], object]:
     def step() -> None:
         optimiser.zero_grad()
         for part in loss_parts(
-            network, lambda view: network(normalised(view)), views, "dssl", pull, 0.1
+            network, lambda view: network(normalised(view)), views, "dssl", pair_loss, 0.1
         ):
             part.loss.backward()
         optimiser.step()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.dssl import loss_parts
 from common.views import Views
 from contest import machine
-from simsiam_cifar10.loss import pull
+from simsiam_cifar10.loss import pair_loss
 from simsiam_cifar10.model import SimSiam as CifarSimSiam
 from simsiam_imagenet.model import SimSiam as ImageNetSimSiam
 
@@ -57,7 +57,7 @@ def peak_bytes(network: nn.Module, views: Views, together: bool) -> tuple[int, l
     Saved.peak = 0
     network.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        parts = loss_parts(network, network, views, "dssl", pull, 0.1)
+        parts = loss_parts(network, network, views, "dssl", pair_loss, 0.1)
         if together:
             sum(part.loss for part in list(parts)).backward()
         else:

@@ -56,13 +56,13 @@ def optimiser(network: nn.Module) -> torch.optim.SGD:
 
 
 def simsiam_as_the_authors(network: nn.Module) -> Step:
-    sgd, pull, s = optimiser(network), simsiam_cifar10.loss.pull, 0.1
+    sgd, pair_loss, s = optimiser(network), simsiam_cifar10.loss.pair_loss, 0.1
 
     def step(views: Views) -> float:
         (p_1, z_1), (p_2, z_2), (p_3, z_3), (p_4, z_4) = (network(view) for view in views)
-        loss = pull(p_1, z_2) + pull(p_2, z_1)
-        loss = loss + (1 - s) * (pull(p_3, z_1) + pull(p_4, z_2))
-        loss = loss + s * (pull(p_1, z_3) + pull(p_2, z_4))
+        loss = pair_loss(p_1, z_2) + pair_loss(p_2, z_1)
+        loss = loss + (1 - s) * (pair_loss(p_3, z_1) + pair_loss(p_4, z_2))
+        loss = loss + s * (pair_loss(p_1, z_3) + pair_loss(p_2, z_4))
         sgd.zero_grad()
         loss.backward()
         sgd.step()
@@ -72,16 +72,16 @@ def simsiam_as_the_authors(network: nn.Module) -> Step:
 
 
 def byol_as_the_authors(network: nn.Module) -> Step:
-    sgd, target, pull = optimiser(network), make_target(network), byol_cifar10.loss.pull
+    sgd, target, pair_loss = optimiser(network), make_target(network), byol_cifar10.loss.pair_loss
 
     def step(views: Views) -> float:
         (p_1, _), (p_2, _), (p_3, _), (p_4, _) = (network(view) for view in views)
         with torch.no_grad():
             xi_1, xi_2 = target.project(views[0]), target.project(views[1])
-        loss = pull(p_1, xi_2) + pull(p_2, xi_1)
+        loss = pair_loss(p_1, xi_2) + pair_loss(p_2, xi_1)
         with torch.no_grad():
             xi_1, xi_2 = target.project(views[0]), target.project(views[1])
-        loss = loss + pull(p_3, xi_1) + pull(p_4, xi_2)
+        loss = loss + pair_loss(p_3, xi_1) + pair_loss(p_4, xi_2)
         sgd.zero_grad()
         loss.backward()
         sgd.step()
@@ -93,7 +93,7 @@ def byol_as_the_authors(network: nn.Module) -> Step:
 
 def ours(
     network: nn.Module,
-    pull: PairLoss,
+    pair_loss: PairLoss,
     reverse_weight: float,
     has_target: bool,
     precision: Precision = "auto",
@@ -119,7 +119,7 @@ def ours(
             forward,
             views,
             "dssl",
-            pull,
+            pair_loss,
             reverse_weight,
             target if has_target else own_projection,
         )
@@ -176,12 +176,16 @@ def main(options: StepOptions) -> None:
         "simsiam_cifar10": (
             simsiam_network,
             simsiam_as_the_authors,
-            partial(ours, pull=simsiam_cifar10.loss.pull, reverse_weight=0.1, has_target=False),
+            partial(
+                ours, pair_loss=simsiam_cifar10.loss.pair_loss, reverse_weight=0.1, has_target=False
+            ),
         ),
         "byol_cifar10": (
             byol_network,
             byol_as_the_authors,
-            partial(ours, pull=byol_cifar10.loss.pull, reverse_weight=0.0, has_target=True),
+            partial(
+                ours, pair_loss=byol_cifar10.loss.pair_loss, reverse_weight=0.0, has_target=True
+            ),
         ),
     }
     for name, (network, as_the_authors, as_we) in contests.items():
@@ -197,10 +201,10 @@ def main(options: StepOptions) -> None:
 def print_curves(options: StepOptions) -> None:
     """simsiam_cifar10's losses over 200 steps, on the same views, by the three."""
     keep_freed_memory()
-    pull = simsiam_cifar10.loss.pull
+    pair_loss = simsiam_cifar10.loss.pair_loss
     contestants = [simsiam_as_the_authors(simsiam_network(options.width))]
     for precision in ("fp32", "bf16"):
-        contestants.append(ours(simsiam_network(options.width), pull, 0.1, False, precision))
+        contestants.append(ours(simsiam_network(options.width), pair_loss, 0.1, False, precision))
     print("simsiam_cifar10: step, loss as the authors, ours in fp32, ours in bf16")
     for step, views in enumerate(views_of_shapes(200, options.batch_size)):
         print(step, *(f"{contestant(views):.5f}" for contestant in contestants), flush=True)

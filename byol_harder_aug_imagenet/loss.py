@@ -7,6 +7,6 @@ from torch import Tensor
 from common.losses.cosine import negative_cosine
 
 
-def pull(p: Tensor, xi: Tensor) -> Tensor:
+def pair_loss(p: Tensor, xi: Tensor) -> Tensor:
     """½D(p, ξ): moves predictions p `[B, d]` towards target projections ξ `[B, d]`; a scalar."""
     return 0.5 * negative_cosine(p, xi)

@@ -40,7 +40,7 @@ def loss_parts(
     forward: Callable[[Tensor], tuple[Tensor, Tensor]],
     views: Views,
     regime: Regime,
-    pull: Callable[[Tensor, Tensor], Tensor],
+    pair_loss: Callable[[Tensor, Tensor], Tensor],
     reverse_weight: float = 0.0,
     target: Callable[[Tensor, Tensor], Tensor] = own_projection,
     symmetric_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -53,8 +53,8 @@ def loss_parts(
         views: from a `ViewMaker` of the same regime.
         regime: baseline joins the standard views, joint the heavy ones, symmetrically; dssl adds
             to the baseline each heavy view's pull towards its source.
-        pull: the pair loss that moves the prediction in its first argument towards the target in
-            its second; no gradient reaches the target.
+        pair_loss: moves the prediction in its first argument towards the target in its second; no
+            gradient reaches the target.
         reverse_weight: s, 0..1: the share of each asymmetric term that pulls the standard view
             towards its heavy one instead.
         target: a view and its z to what others are pulled towards, `[B, d]`: z itself, or ξ by a
@@ -76,7 +76,7 @@ def loss_parts(
             p_1, z_1 = forward(first)
         p_2, z_2 = forward(second)
         if symmetric_loss is None:
-            symmetric = pull(p_1, target(second, z_2)) + pull(p_2, target(first, z_1))
+            symmetric = pair_loss(p_1, target(second, z_2)) + pair_loss(p_2, target(first, z_1))
         else:
             symmetric = symmetric_loss(z_1, z_2)
         yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
@@ -90,11 +90,11 @@ def loss_parts(
             yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
 
             p_heavy, _ = forward(views.heavy_1)
-            asymmetric = pull(p_heavy, target(views.standard_1, z_1))
+            asymmetric = pair_loss(p_heavy, target(views.standard_1, z_1))
             yield Part(asymmetric, {"asymmetric": asymmetric.detach()})
 
         p_heavy, _ = forward(views.heavy_2)
-        asymmetric = pull(p_heavy, target(views.standard_2, z_2))
+        asymmetric = pair_loss(p_heavy, target(views.standard_2, z_2))
         yield Part(asymmetric, {"asymmetric": asymmetric.detach()})
         return
 
@@ -103,24 +103,24 @@ def loss_parts(
         p_1, z_1 = forward(views.standard_1)
         p_heavy, z_heavy = forward(views.heavy_1)
         target_1 = target(views.standard_1, z_1)
-        asymmetric = pull(p_heavy, target_1)
+        asymmetric = pair_loss(p_heavy, target_1)
         log = {"asymmetric": asymmetric.detach(), "spread": spread(z_1)}
         yield Part((1 - s) * asymmetric, log)
 
         p_2, z_2 = forward(views.standard_2)
         target_2 = target(views.standard_2, z_2)
-        symmetric = pull(p_1, target_2)
+        symmetric = pair_loss(p_1, target_2)
         loss, log = symmetric, {"symmetric": symmetric.detach()}
         if s > 0:
-            reverse = pull(p_1, target(views.heavy_1, z_heavy))
+            reverse = pair_loss(p_1, target(views.heavy_1, z_heavy))
             loss, log["reverse"] = loss + s * reverse, reverse.detach()
         yield Part(loss, log)
 
     p_heavy, z_heavy = forward(views.heavy_2)
-    symmetric, asymmetric = pull(p_2, target_1), pull(p_heavy, target_2)
+    symmetric, asymmetric = pair_loss(p_2, target_1), pair_loss(p_heavy, target_2)
     loss = symmetric + (1 - s) * asymmetric
     log = {"symmetric": symmetric.detach(), "asymmetric": asymmetric.detach()}
     if s > 0:
-        reverse = pull(p_2, target(views.heavy_2, z_heavy))
+        reverse = pair_loss(p_2, target(views.heavy_2, z_heavy))
         loss, log["reverse"] = loss + s * reverse, reverse.detach()
     yield Part(loss, log)

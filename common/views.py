@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from common.augment.base import Augmentation, Draws
+from common.data.batches import Batch
+from common.runtime.seeding import generator_for
 
 Regime = Literal["baseline", "joint", "dssl"]
 
@@ -50,6 +52,16 @@ class ViewMaker:
             size = self.standard.output_size(size)
             drawn += [self.heavy.draw(batch, size, generator) for _ in range(2)]
         return torch.cat(drawn, dim=1)
+
+    def views(self, batch: Batch) -> Views:
+        """Views of this rank's share of a batch, uint8 on its device.
+
+        They are drawn for the whole global batch from its seed, epoch and step, so that the same
+        images get the same views on one process or on several.
+        """
+        size = (batch.images.shape[2], batch.images.shape[3])
+        draws = self.draw(batch.count, size, generator_for("views", *batch.key))
+        return self.make(batch.images, draws[batch.rows], batch.other)
 
     def make(self, images: Tensor, draws: Tensor, other: Tensor | None = None) -> Views:
         """Views of uint8 images `[B, 3, H, W]` by CPU draws `[B, columns]`: uint8, same device.

@@ -37,7 +37,7 @@ def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float, ranks: Ranks) -> Tenso
     return F.cross_entropy(logits, own ^ 1)  # 0 ↔ 1, 2 ↔ 3, …
 
 
-def pull(p: Tensor, z: Tensor, temperature: float, ranks: Ranks) -> Tensor:
+def pair_loss(p: Tensor, z: Tensor, temperature: float, ranks: Ranks) -> Tensor:
     """L_A, ½ InfoNCE: moves p towards its own image's sg(z), away from the other images' sg(z).
 
     Mean over images i of −½ log(exp(cos(pᵢ, zᵢ)/τ) / Σⱼ exp(cos(pᵢ, zⱼ)/τ)), j over the global

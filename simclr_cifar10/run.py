@@ -3,52 +3,60 @@
     python run.py                          DSSL, 800 epochs; downloads CIFAR-10
     python run.py --regime baseline        standard views only
     python run.py --regime joint           heavy views, symmetric loss
-    torchrun --nproc-per-node 2 run.py     several processes; the batch stays the global one
+    torchrun --nproc-per-node 2 run.py     several processes; --batch-size is the global batch
 
-Typing the same command again continues the run. Edit the header below or override any of its
-fields on the command line.
+The same command continues a run that was stopped. Edit the settings below, or set any of them on
+the command line.
 
-The authors published no script for this column. Data, views, backbone, optimisation and evaluation
-are those of simsiam_cifar10, and projector and τ are chosen, by this project; the asymmetric loss
-in loss.py is its reading of the paper's rule.
+The authors published no script for this column. This project chose the settings: data, views,
+backbone, optimisation and evaluation are those of simsiam_cifar10. The asymmetric loss in loss.py
+is this project's reading of the paper's rule.
 
-Cost: an epoch of dssl is four forward and backward passes of ResNet-18 over 50,000 images of
-32 px (baseline and joint: two). Expected, linear evaluation, top-1, the paper's numbers:
-baseline 91.5, joint 92.2, dssl 93.2. None of them was measured with this code.
+Cost: an epoch of dssl is four forward and backward passes of ResNet-18 over 50,000 images of 32 px
+(baseline and joint: two).
+Expected, linear evaluation, top-1, the paper's numbers: baseline 91.5, joint 92.2, dssl 93.2.
+None of them was measured with this code.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from torch import Tensor
 
 from common.augment.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.data.batches import ImageBatches
 from common.data.in_memory import Dataset, load_images
 from common.dssl import loss_parts
 from common.evaluation.in_memory import Evaluation
 from common.networks.resnet import CifarDepth
-from common.runtime import ranks as distributed
-from common.runtime.compiler import require_compiler
-from common.runtime.errors import StopRequested, require, run_script
-from common.runtime.precision import Precision, autocast
-from common.runtime.ranks import unwrap
-from common.runtime.seeding import epoch_order, generator_for
-from common.training.meter import Meter, require_finite
-from common.training.picture import PICTURED, picture_views
-from common.training.progress import Bar, Progress
-from common.training.run_folder import REPOSITORY, RunLog
-from common.training.schedule import warmup_cosine
-from common.training.signals import StopFlag
+from common.runtime.errors import run_script
+from common.runtime.precision import Precision
+from common.training.run import Run
+from common.training.run_folder import REPOSITORY
+from common.training.schedule import check_warmup, warmup_cosine
+from common.training.settings import (
+    BatchSize,
+    Count,
+    Decay,
+    Dimension,
+    Fraction,
+    Magnitude,
+    Minutes,
+    NumOps,
+    Positive,
+    Rate,
+    Seed,
+    Temperature,
+    Width,
+)
 from common.views import Regime, ViewMaker
 from simclr_cifar10.augmentation import heavy_augmentation
-from simclr_cifar10.loss import nt_xent, pull
+from simclr_cifar10.loss import nt_xent, pair_loss
 from simclr_cifar10.model import SimCLR
 
 
@@ -56,202 +64,96 @@ from simclr_cifar10.model import SimCLR
 class Config:
     # data
     dataset: Dataset = "cifar10"  # cifar10, a folder of images, or generated shapes
-    data_root: str = str(REPOSITORY / "data")  # where CIFAR-10 lies or is put; the image folder
+    data_root: str = str(REPOSITORY / "data")  # of CIFAR-10 (downloaded if absent), or the folder
     skip_broken: bool = False  # leave out image files that cannot be decoded
     # views
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1
-    randaug_num_ops: int = 2  # N of RandAugment(N, M), the heavy view
-    randaug_magnitude: int = 9  # M, 0..30
+    randaug_num_ops: NumOps = 2  # N of RandAugment(N, M), the heavy view
+    randaug_magnitude: Magnitude = 9  # M, 0..30
     translate_relative: bool = False  # by M/30 · 100/224 of the side, not M/30 · 100 px
     # model
     backbone: CifarDepth = "resnet18"  # with the stem for 32 px
-    width: int = 64  # channels of the backbone's first stage, a multiple of 8
-    stem_stride: int = 1  # of the first convolution; 2 for trials, at a quarter of the cost
-    hidden_dim: int = 2048  # of the projector
-    projector_dim: int = 128  # d, of z
+    width: Width = 64  # channels of the backbone's first stage, a multiple of 8
+    stem_stride: Literal[1, 2] = 1  # of the first convolution; 2 costs a quarter, for trials
+    hidden_dim: Dimension = 2048  # of the projector
+    projector_dim: Dimension = 128  # d, of z
     # loss
-    temperature: float = 0.5  # τ, of both losses
+    temperature: Temperature = 0.5  # τ, of both losses
     # optimisation
-    epochs: int = 800  # of the whole schedule
-    warmup_epochs: int = 10  # of linear warm-up; a cosine follows
-    batch_size: int = 512  # global, over all processes
-    base_lr: float = 0.03  # for a batch of 256; scales with the batch
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 5e-4  # on every parameter
+    epochs: Positive = 800  # of the whole schedule, at least 2
+    warmup_epochs: Count = 10  # of linear warm-up; a cosine follows
+    batch_size: BatchSize = 512  # global, over all processes
+    base_lr: Rate = 0.03  # for a batch of 256; proportional to the batch
+    momentum: Fraction = 0.9  # of SGD
+    weight_decay: Decay = 5e-4  # on every parameter
     # evaluation
-    knn_every: int = 1  # epochs; 0: only at the end
-    linear_epochs: int = 100  # linear evaluation at the end; 0: none
+    knn_every: Count = 1  # epochs; 0: only at the end
+    linear_epochs: Count = 100  # of the linear evaluation at the end; 0: none
     # run
-    max_steps: int = 0  # end after so many steps, for a try; 0: no limit
-    checkpoint_minutes: float = 10  # within an epoch; each epoch ends with a checkpoint anyway
-    seed: int = 0  # of weights, order, views and shapes
+    max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
+    checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
+    seed: Seed = 0  # of weights, order, views and shapes
     device: str = "auto"  # auto: CUDA, else MPS, else CPU
     precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
     compile: bool = False  # torch.compile the network and the views' arithmetic
     run_dir: str = ""  # default: runs/simclr_cifar10/<regime>-seed<k> in the repository
-    fresh: bool = False  # start anew; what lies in run_dir is moved aside
-
-
-def check(config: Config) -> None:
-    """Refuse settings that make no sense, before anything is loaded or moved."""
-    for name in ("knn_every", "linear_epochs", "max_steps", "seed"):
-        require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} is 0 or more")
-    require(config.temperature > 0, "--temperature lies above 0")
-    require(0 <= config.base_lr < math.inf, f"--base-lr is finite, 0 or more, not {config.base_lr}")
-    require(config.epochs >= 2, "--epochs is 2 or more: in the last one the learning rate is 0")
-    require(
-        0 <= config.warmup_epochs < config.epochs,
-        f"--warmup-epochs {config.warmup_epochs} must lie below --epochs {config.epochs}",
-    )
+    fresh: bool = False  # start a new run; an earlier one in run_dir is moved aside
 
 
 def main(config: Config) -> None:
-    # ---------------------------------------------------------------- setup
-    check(config)
-    ranks = distributed.start(config.device)
-    device = ranks.device
-    if config.compile:
-        require_compiler(device)
-    rows = ranks.share(config.batch_size)
-    require(config.batch_size >= 2 * ranks.world_size, "--batch-size: BatchNorm needs 2 a process")
+    check_warmup(config.epochs, config.warmup_epochs)
+    run = Run("simclr_cifar10", config)
+
+    # data
+    source = (config.dataset, config.data_root, IMAGE_SIZE, config.seed, config.skip_broken)
+    data = load_images(*source, config.batch_size, run.ranks).to(run.device)
+    batches = ImageBatches(data.train, config.batch_size, config.seed, run.ranks)
+
+    # views
     heavy = heavy_augmentation(
         config.randaug_num_ops, config.randaug_magnitude, config.translate_relative
     )
     view_maker = ViewMaker(standard_augmentation(), heavy, config.regime)
 
-    # ---------------------------------------------------------------- model
+    # model
     torch.manual_seed(config.seed)
     heads = (config.hidden_dim, config.projector_dim)
     network = SimCLR(config.backbone, config.width, *heads, config.stem_stride)
-    model = ranks.wrap(network.to(memory_format=torch.channels_last))
-    network = unwrap(model)
-    if config.compile:
-        network.compile()
+    model = run.wrap(network)
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(config.precision, device):
+        with run.autocast():
             z = model(normalised(view))
         return z, z  # no predictor: p is z
 
-    pull_heavy = partial(pull, temperature=config.temperature, ranks=ranks)
-    symmetric_loss = partial(nt_xent, temperature=config.temperature, ranks=ranks)
+    # losses
+    asymmetric = partial(pair_loss, temperature=config.temperature, ranks=run.ranks)
+    symmetric = partial(nt_xent, temperature=config.temperature, ranks=run.ranks)
 
-    # ---------------------------------------------------------------- data
-    name = f"{config.regime}-seed{config.seed}"
-    run_dir = Path(config.run_dir or REPOSITORY / "runs" / "simclr_cifar10" / name)
-    log = RunLog(run_dir, asdict(config), config.fresh, ranks)
-    saved = log.load_checkpoint()
-    source = (config.dataset, config.data_root, IMAGE_SIZE, config.seed, config.skip_broken)
-    train, test = load_images(*source, config.batch_size, ranks)
-    train, test = train.to(device), test and test.to(device)
-    steps_per_epoch = len(train) // config.batch_size
-    last_step = config.epochs * steps_per_epoch
-    if config.max_steps:
-        last_step = min(last_step, config.max_steps)
-    stop = StopFlag(ranks)
-
-    # ---------------------------------------------------------------- optimiser
+    # optimisation
     peak_lr = config.base_lr * config.batch_size / 256
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=peak_lr, momentum=config.momentum, weight_decay=config.weight_decay
+        network.parameters(), peak_lr, config.momentum, weight_decay=config.weight_decay
     )
-    parts = {"model": network, "optimiser": optimiser}  # of a checkpoint
+    parts = {"model": network, "optimiser": optimiser}
 
-    # ---------------------------------------------------------------- resume
-    progress = Progress()
-    if saved is not None:
-        progress = Progress(**saved["progress"])
-        progress.check_images(len(train))
-        for key, module in parts.items():
-            module.load_state_dict(saved[key])
-    progress.images = len(train)
-    log.open(saved["metrics_bytes"] if saved else 0, progress.epoch)
-    meter = Meter(ranks, progress.sums, progress.step)
-
-    def save(*, must: bool = False) -> None:
-        meter.flush()  # a loss that is not finite ends the run here, before the checkpoint
-        require_finite(network)
-        ranks.broadcast_buffers(network)
-        progress.step, progress.sums = meter.steps, meter.sums
-        state = {key: module.state_dict() for key, module in parts.items()}
-        log.save({**state, "progress": asdict(progress)}, must=must)
-
-    # ---------------------------------------------------------------- train
-    last_epoch = -(-last_step // steps_per_epoch)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    evaluation = Evaluation(
-        network, train, test, config.precision, config.seed, progress, log, stop
-    )
-    bar = Bar(last_step, progress.steps(steps_per_epoch), ranks)
-    try:
-        if progress.epoch == 0:
-            shown = train.images[:PICTURED]
-            draws = view_maker.draw(len(shown), size, generator_for("picture", config.seed))
-            log.picture(picture_views(shown, view_maker.make(shown, draws)))
-            evaluation.before_training()
-            progress.epoch = 1
-            save()
-
-        if config.compile:  # after the picture, for whose few images it would not pay
-            view_maker.compile()
-        for epoch in range(progress.epoch, last_epoch + 1):
-            lr = warmup_cosine(epoch, config.epochs, config.warmup_epochs, peak_lr)
-            optimiser.param_groups[0]["lr"] = lr
-            order = epoch_order(len(train), config.seed, epoch).to(device)
-            steps = min(steps_per_epoch, last_step - (epoch - 1) * steps_per_epoch)
-            bar.start_epoch()
-            last_save = time.monotonic()
-            for step in range(meter.steps, steps):
-                batch = order[step * config.batch_size : (step + 1) * config.batch_size]
-                generator = generator_for("views", config.seed, epoch, step)
-                draws = view_maker.draw(config.batch_size, size, generator)
-                views = view_maker.make(train.images[batch[rows]], draws[rows])
-
+    with run.training(parts, batches, view_maker) as training:
+        evaluation = Evaluation(training, network, data)
+        evaluation.before_training()
+        for epoch in training.epochs():
+            training.set_lr(warmup_cosine(epoch, config.epochs, config.warmup_epochs, peak_lr))
+            for batch in training.steps(epoch):
+                views = view_maker.views(batch)
                 optimiser.zero_grad(set_to_none=True)
                 for part in loss_parts(
-                    model, forward, views, config.regime, pull_heavy, symmetric_loss=symmetric_loss
+                    model, forward, views, config.regime, asymmetric, symmetric_loss=symmetric
                 ):
                     part.loss.backward()
-                    meter.add({"loss": part.loss.detach(), **part.log})
+                    training.add(part)
                 optimiser.step()
+            training.row |= evaluation.after_epoch(epoch, config.knn_every)
 
-                due = time.monotonic() - last_save > 60 * config.checkpoint_minutes
-                last_save = time.monotonic() if due else last_save
-                meter.end_step({"stop": stop.requested, "checkpoint": due and ranks.is_main})
-                bar.step(epoch, meter.latest, config.batch_size)
-                if meter.take_request("stop"):
-                    raise StopRequested(stop.exit_status)
-                if meter.take_request("checkpoint"):
-                    save()
-
-            meter.flush()
-            require_finite(network)
-            row = {**meter.means(), "lr": lr, "images_per_second": bar.images_per_second}
-            is_whole = steps == steps_per_epoch
-            if not is_whole:
-                save(must=True)  # --max-steps ends within the epoch; a higher one goes on from here
-            is_evaluated = config.knn_every and epoch % config.knn_every == 0
-            if is_evaluated or epoch == last_epoch:
-                row |= evaluation.after_epoch(epoch, is_whole=is_whole)
-            log.write(epoch, row)
-            log.tell_epoch(epoch, last_epoch, row)
-            if is_whole:
-                progress.epoch, meter = epoch + 1, Meter(ranks, {}, 0)
-                save(must=epoch == last_epoch)
-    except StopRequested:
-        save(must=True)
-        ranks.wait()  # torchrun ends the others as soon as one has left
-        raise
-    finally:
-        bar.close()
-
-    # ---------------------------------------------------------------- result
-    ranks.broadcast_buffers(network)
-    log.save_file("backbone.pt", network.backbone.state_dict(), must=True)
-    linear = evaluation.linear(config.linear_epochs, last_epoch, steps_per_epoch, save)
-    log.tell_result(progress, linear)
-    log.close()
-    distributed.finish()
+    training.finish(evaluation.linear(config.linear_epochs))
 
 
 if __name__ == "__main__":

@@ -35,10 +35,8 @@ def command_line(script: str, settings: Mapping[str, object], *extra: str) -> li
 
 
 def run(arguments: Sequence[str], status: int = 0, **options) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=300, env=environment, **options
-    )
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, **options}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -11,6 +11,7 @@ import tyro
 
 import campaign
 import report
+from common.training.settings import check_settings
 from scripts import ROOT
 
 
@@ -23,7 +24,7 @@ def planned(name: str) -> dict[tuple, str]:
         words = plan.command(run, campaign.Config(name))
         assert words[1] == str(ROOT / run.experiment / "run.py")
         config = tyro.cli(script.Config, args=words[2:])
-        script.check(config)
+        check_settings(config)
         heavy = (config.randaug_num_ops, config.randaug_magnitude, config.translate_relative)
         key = (run.experiment, config.regime, config.seed, config.epochs, heavy)
         assert key not in names, run.name

@@ -15,7 +15,7 @@ from common.dssl import loss_parts
 from common.runtime.ranks import Ranks
 from common.views import Views
 from simclr_cifar10.loss import nt_xent
-from simsiam_cifar10.loss import pull
+from simsiam_cifar10.loss import pair_loss
 from simsiam_cifar10.model import SimSiam
 
 NAMES = ("v", "v'", "v̂", "v̂'")
@@ -76,7 +76,7 @@ def test_each_term_moves_its_source_view_and_nothing_else(
         mover = next(name for name, other, _ in outputs if other is p)
         goal = next(name for name, _, other in outputs if other is z)
         met.append((mover, goal))
-        return pull(p, z) if met[-1] == (source, target) else 0 * p.sum()
+        return pair_loss(p, z) if met[-1] == (source, target) else 0 * p.sum()
 
     total, logged = 0.0, 0.0
     for part in loss_parts(network, forward, views, regime, only_this_pair, reverse_weight):
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_whole_sum(regime: str, s: float) -> None:
     network = make_network()
     log: dict[str, float] = {}
     loss = 0.0
-    for part in loss_parts(network, network, views, regime, pull, s):
+    for part in loss_parts(network, network, views, regime, pair_loss, s):
         part.loss.backward()
         loss += part.loss.item()
         for name, value in part.log.items():
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_whole_sum(regime: str, s: float) -> None:
             expected = expected + s * (half_d(p_1, z_3) + half_d(p_2, z_4))
     expected.backward()
 
-    # `pull` computes in float32, hence the tolerance.
+    # `pair_loss` computes in float32, hence the tolerance.
     assert loss == pytest.approx(expected.item(), abs=1e-6)
     parts = log["symmetric"] + (1 - s) * log.get("asymmetric", 0) + s * log.get("reverse", 0)
     assert loss == pytest.approx(parts, abs=1e-6)
@@ -143,7 +143,7 @@ def test_spread_in_the_log_is_that_of_the_first_view() -> None:
     network = make_network()
     z = F.normalize(make_network()(views.standard_1)[1], dim=1)
     expected = z.std(dim=0, correction=0).mean().item() * 8**0.5
-    logs = [part.log for part in loss_parts(network, network, views, "dssl", pull, 0.1)]
+    logs = [part.log for part in loss_parts(network, network, views, "dssl", pair_loss, 0.1)]
     values = [log["spread"].item() for log in logs if "spread" in log]
     assert values == [pytest.approx(expected, rel=1e-6)]
 
@@ -174,7 +174,7 @@ def test_two_views_of_activations_are_alive_at_a_time(
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
             views = make_views(regime)
             parts = loss_parts(
-                network, network, views, regime, pull, s, symmetric_loss=symmetric_loss
+                network, network, views, regime, pair_loss, s, symmetric_loss=symmetric_loss
             )
             if together:
                 sum(part.loss for part in list(parts)).backward()
@@ -207,7 +207,9 @@ def test_no_view_is_passed_twice_or_in_vain(
     network = Counted()
     s = 0.1 if symmetric_loss is None else 0.0
     views = make_views(regime)
-    for part in loss_parts(network, network, views, regime, pull, s, symmetric_loss=symmetric_loss):
+    for part in loss_parts(
+        network, network, views, regime, pair_loss, s, symmetric_loss=symmetric_loss
+    ):
         part.loss.backward()
     assert next(network.calls) == passes
 
@@ -225,7 +227,7 @@ def test_a_target_network_sees_each_target_view_once_and_gets_no_gradient(regime
         return target_network(view)[1]  # with a graph: the pair loss alone has to stop it
 
     loss = 0.0
-    for part in loss_parts(online, online, views, regime, pull, target=target):
+    for part in loss_parts(online, online, views, regime, pair_loss, target=target):
         part.loss.backward()
         loss += part.loss.item()
     assert sorted(seen) == ([2, 3] if regime == "joint" else [0, 1])
@@ -236,10 +238,10 @@ def test_a_target_network_sees_each_target_view_once_and_gets_no_gradient(regime
     for parameter in other.parameters():
         parameter.data.mul_(1.5)
     xi_1, xi_2 = other(first)[1], other(second)[1]
-    expected = pull(whole(first)[0], xi_2) + pull(whole(second)[0], xi_1)
+    expected = pair_loss(whole(first)[0], xi_2) + pair_loss(whole(second)[0], xi_1)
     if regime == "dssl":
-        expected = expected + pull(whole(views.heavy_1)[0], xi_1)
-        expected = expected + pull(whole(views.heavy_2)[0], xi_2)
+        expected = expected + pair_loss(whole(views.heavy_1)[0], xi_1)
+        expected = expected + pair_loss(whole(views.heavy_2)[0], xi_2)
     assert loss == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -256,7 +258,7 @@ def test_one_term_goes_backward_first_and_each_part_moves_its_views_alone() -> N
         happened.append(NAMES[next(i for i, other in enumerate(views) if other is view)])
         return network(view)
 
-    parts = loss_parts(network, forward, views, "dssl", pull, symmetric_loss=ONE_TERM)
+    parts = loss_parts(network, forward, views, "dssl", pair_loss, symmetric_loss=ONE_TERM)
     for part, moved in zip(parts, ({"v", "v'"}, {"v̂"}, {"v̂'"}), strict=True):
         happened.append("backward " + " ".join(name for name in part.log if name != "spread"))
         part.loss.backward()
@@ -316,7 +318,7 @@ def test_with_one_term_gradients_are_those_of_the_whole_sum(regime: str) -> None
 def test_one_term_has_no_room_for_a_reverse_weight(regime: str) -> None:
     network = Counted()
     views = make_views(regime)
-    parts = loss_parts(network, network, views, regime, pull, 0.1, symmetric_loss=ONE_TERM)
+    parts = loss_parts(network, network, views, regime, pair_loss, 0.1, symmetric_loss=ONE_TERM)
     with pytest.raises(ValueError, match="leave it at 0"):
         next(parts)
     assert next(network.calls) == 0

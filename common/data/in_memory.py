@@ -48,6 +48,10 @@ class Split(NamedTuple):
     train: ImageSet
     test: ImageSet | None
 
+    def to(self, device: torch.device) -> Split:
+        """Both sets on a device."""
+        return Split(self.train.to(device), None if self.test is None else self.test.to(device))
+
 
 def load_images(
     dataset: Dataset,

@@ -23,7 +23,6 @@ from common.data.listing import Files, label_by_folder, list_images, require_bat
 from common.data.shapes import CLASS_NAMES, shapes
 from common.runtime.errors import UserError
 from common.runtime.seeding import generator_for
-from common.views import ViewMaker, Views
 
 Photograph = Path | Tensor  # a file, or uint8 `[3, H, W]`
 
@@ -151,19 +150,20 @@ class RandomCrops(Dataset):
             crops.append(crop(shown, box, self.size))
         return crops, used
 
-    def examples(self, view_maker: ViewMaker, count: int = 10) -> tuple[Tensor, Views]:
-        """The first photographs, squeezed to uint8 `[count, 3, size, size]`, and views of them.
+    def examples(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first photographs, resized to uint8 `[count, 3, size, size]`, and their crops.
+
+        Returns:
+            The photographs, and crops uint8 `[crops of each, count, 3, size, size]`.
 
         Raises:
             UserError: if one of them cannot be decoded.
         """
         count = min(count, len(self))
         photographs = [self._read(index)[0] for index in range(count)]
-        (first, second), _ = unpack(stack([self[0, index] for index in range(count)]))
-        generator = generator_for("picture", self.seed)
-        draws = view_maker.draw(count, (self.size, self.size), generator)
+        crops, _ = unpack(stack([self[0, index] for index in range(count)]))
         shown = [crop(image, (0, 0, *image.shape[1:]), self.size) for image in photographs]
-        return torch.stack(shown), view_maker.make(first, draws, second)
+        return torch.stack(shown), crops.contiguous()
 
     def _read(self, index: int) -> tuple[Tensor | str, int]:
         problem = ""

@@ -10,18 +10,17 @@ from torch import Tensor, nn
 
 from common.augment.base import Augmentation, Draws
 from common.augment.cifar10 import centre_view, normalised, probe_augmentation
-from common.data.in_memory import ImageSet
+from common.data.in_memory import ImageSet, Split
 from common.evaluation.classifier import batches_of_epoch, new_classifier, train_classifier
 from common.evaluation.features import accuracy, extract_features
 from common.evaluation.knn import knn_accuracy
 from common.runtime.errors import UserError
-from common.runtime.precision import Precision, autocast
+from common.runtime.precision import autocast
 from common.runtime.ranks import Ranks, send
 from common.runtime.seeding import generator_for
 from common.training.checkpoint import Checkpoints
-from common.training.progress import Progress
-from common.training.run_folder import RunLog
 from common.training.signals import StopFlag
+from common.training.training import Training
 
 
 @dataclass(frozen=True)
@@ -107,86 +106,86 @@ def linear_accuracy(
     return accuracy(predictions, test.labels, ranks)
 
 
-@dataclass(frozen=True)
 class Evaluation:
-    """Measures the network's frozen `backbone`, in eval mode; without a test set, nothing.
+    """Measures the frozen backbone of a run, in eval mode; without a test set, nothing.
 
     Args:
-        network: not wrapped in DDP; every rank's buffers become rank 0's.
-        train: on the device, labelled where there is a test set.
-        test: on the device, or None.
-        seed: of the linear classifier, its order and views.
-        progress: keeps the accuracies.
+        training: of the run; keeps the accuracies in its checkpoint.
+        network: with a `backbone`; every rank's buffers become rank 0's.
+        data: on the device; the training images are labelled where there is a test set.
 
     Raises:
-        StopRequested: while it measures, when a signal came.
+        StopRequested: from every method, after a signal.
     """
 
-    network: nn.Module
-    train: ImageSet
-    test: ImageSet | None
-    precision: Precision
-    seed: int
-    progress: Progress
-    log: RunLog
-    stop: StopFlag
+    def __init__(self, training: Training, network: nn.Module, data: Split) -> None:
+        self.training = training
+        self.network = network
+        self.train, self.test = data
 
     def encode(self, view: Tensor) -> Tensor:
         """Features `[B, feature_dim]` of a view, uint8 `[B, 3, 32, 32]` on the device."""
-        with autocast(self.precision, view.device):
+        with autocast(self.training.config.precision, view.device):
             return self.network.backbone(normalised(view))
 
     def encode_test(self, images: Tensor) -> Tensor:
         """Features of images by their centre view."""
         return self.encode(centre_view(images))
 
-    def _knn(self, test: ImageSet) -> float:
-        ranks = self.log.ranks
-        ranks.broadcast_buffers(self.network)
-        self.progress.knn = knn_accuracy(
-            self.network.backbone, self.train, test, self.encode_test, ranks, self.stop.check
+    def _knn(self) -> float:
+        training = self.training
+        training.ranks.broadcast_buffers(self.network)
+        training.progress.knn = knn_accuracy(
+            self.network.backbone,
+            self.train,
+            self.test,
+            self.encode_test,
+            training.ranks,
+            training.stop.check,
         )
-        return self.progress.knn
+        return training.progress.knn
 
     def before_training(self) -> None:
-        """kNN accuracy of the untrained network, logged as epoch 0."""
-        if self.test is None:
+        """kNN accuracy of the untrained network, logged as epoch 0 of a new run."""
+        progress, log = self.training.progress, self.training.log
+        if self.test is None or progress.epoch > 0:
             return
-        self.progress.untrained_knn = self._knn(self.test)
-        self.log.write(0, {"knn": self.progress.knn})
-        self.log.tell(f"epoch 0 (untrained): kNN {self.progress.knn:.2f} %")
+        progress.untrained_knn = self._knn()
+        log.write(0, {"knn": progress.knn})
+        log.tell(f"epoch 0 (untrained): kNN {progress.knn:.2f} %")
 
-    def after_epoch(self, epoch: int, *, is_whole: bool) -> dict[str, float]:
+    def after_epoch(self, epoch: int, every: int) -> dict[str, float]:
         """kNN accuracy in percent over the whole test set, as "knn" for the epoch's row.
 
+        The best network so far, if the epoch is whole, is kept as best.pt.
+
         Args:
-            is_whole: whether the epoch is; a best network after one is kept as best.pt.
+            every: epochs between two measurements; 0: only after the last epoch.
         """
-        if self.test is None:
+        training = self.training
+        is_due = (every and epoch % every == 0) or epoch == training.last_epoch
+        if self.test is None or not is_due:
             return {}
-        knn = self._knn(self.test)
-        if is_whole and knn > (self.progress.best_knn or 0):
-            self.progress.best_knn = knn
+        knn = self._knn()
+        if training.is_whole(epoch) and knn > (training.progress.best_knn or 0):
+            training.progress.best_knn = knn
             best = {"model": self.network.state_dict(), "epoch": epoch, "knn": knn}
-            self.log.save_file("best.pt", best)
+            training.log.save_file("best.pt", best)
         return {"knn": knn}
 
-    def linear(
-        self, epochs: int, last_epoch: int, steps_per_epoch: int, save: Callable[..., None]
-    ) -> float | None:
+    def linear(self, epochs: int) -> float | None:
         """Linear evaluation: top-1 accuracy in percent over the whole test set, logged once.
 
-        SGD 0.9, rate 30, batch 256, a tenth of the rate from 60 and 80 % of the epochs on.
+        SGD 0.9, learning rate 30, batch 256, a tenth of the rate from 60 and 80 % of the epochs on.
 
         Args:
             epochs: of the classifier; 0: no linear evaluation.
-            last_epoch: of pretraining, where the accuracy is logged.
-            steps_per_epoch: of pretraining; the steps done identify the backbone.
-            save: writes the run's checkpoint, `must=True`, so that the row is kept.
         """
+        training = self.training
         if self.test is None or not epochs:
             return None
-        done = [self.progress.steps(steps_per_epoch), epochs]
+        # The steps done identify the backbone.
+        done = [training.progress.steps(training.steps_per_epoch), epochs]
         accuracy = linear_accuracy(
             self.network.backbone,
             self.train,
@@ -195,24 +194,24 @@ class Evaluation:
             self.encode,
             self.encode_test,
             LinearProtocol(epochs, batch_size=256, lr=30.0, milestones=(0.6, 0.8)),
-            seed=self.seed,
+            seed=training.config.seed,
             stamp=done[0],
             checkpoints=Checkpoints(
-                self.log.folder,
+                training.log.folder,
                 "linear_last.pt",
                 "linear_previous.pt",
-                "remove these to train anew",
+                "remove these to train a new classifier",
             ),
-            ranks=self.log.ranks,
-            stop=self.stop,
+            ranks=training.ranks,
+            stop=training.stop,
         )
-        if self.progress.linear != done:  # otherwise the row stands in the log already
-            self.log.write(last_epoch, {"linear": accuracy})
-            self.progress.linear = done
-            if self.progress.epoch > last_epoch:
+        if training.progress.linear != done:  # otherwise the row is in the log already
+            training.log.write(training.last_epoch, {"linear": accuracy})
+            training.progress.linear = done
+            if training.progress.epoch > training.last_epoch:
                 try:
-                    save(must=True)
-                except UserError:  # a full disk takes the row with it: here it stands at least
-                    self.log.tell(f"linear accuracy  {accuracy:.2f} %")
+                    training.save(must=True)
+                except UserError:  # a full disk loses the row: print it at least
+                    training.log.tell(f"linear accuracy  {accuracy:.2f} %")
                     raise
         return accuracy

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from common.runtime.errors import require
+
 
 def warmup_cosine(epoch: int, epochs: int, warmup_epochs: int, peak: float) -> float:
     """The CIFAR-10 schedule: linear warm-up, then a cosine to 0 in the last epoch.
@@ -30,3 +32,16 @@ def cosine(epoch: int, epochs: int, peak: float) -> float:
         peak: the learning rate of epoch 0.
     """
     return peak * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def check_warmup(epochs: int, warmup_epochs: int) -> None:
+    """Refuse lengths that `warmup_cosine` cannot have.
+
+    Raises:
+        UserError: for fewer than 2 epochs, or a warm-up as long as all of them.
+    """
+    require(epochs >= 2, "--epochs must be at least 2: in the last one the learning rate is 0")
+    require(
+        warmup_epochs < epochs,
+        f"--warmup-epochs {warmup_epochs} must be less than --epochs {epochs}",
+    )

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.evaluation import test_runner
 from common.networks.resnet import imagenet_resnet
+from common.training import training
 from common.training.run_folder import RunLog
 
 EXPERIMENTS = {
@@ -83,7 +84,7 @@ def test_a_run_keeps_to_its_device(
     experiment: str, readers: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = importlib.import_module(f"{experiment}.run")
-    monkeypatch.setattr(run, "picture_views", lambda *arguments: None)
+    monkeypatch.setattr(training, "picture_views", lambda *arguments: None)
     is_cifar = "cifar10" in experiment
     settings = {**SMALL, **(CIFAR if is_cifar else IMAGENET), **EXPERIMENTS[experiment]}
     with OneDevice():

@@ -223,20 +223,24 @@ def test_two_processes_continue_to_the_same_weights(folder: Path, tmp_path: Path
 
 def test_an_error_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     done = run(command(folder, tmp_path / "run", "--randaug-magnitude", "31"), status=1)
-    assert done.stderr == "error: RandAugment's magnitude M lies in 0..30, not 31\n"
+    assert done.stderr == "error: --randaug-magnitude must be between 0 and 30; it is 31\n"
     assert not (tmp_path / "run").exists()
 
 
 ERRORS = {
     "missing data": ({"data_root": "/nowhere"}, "/nowhere: no such folder"),
-    "number of operations": ({"randaug_num_ops": 0}, "at least 1 operation, not 0"),
+    "number of operations": (
+        {"randaug_num_ops": 0},
+        "--randaug-num-ops must be between 1 and 100; it is 0",
+    ),
     "batch": ({"batch_size": 512}, "512 does not fit a set of 200 images"),
-    "warm-up": ({"warmup_epochs": 3}, "must lie below --epochs 3"),
-    "epochs": ({"epochs": 1, "warmup_epochs": 0}, "--epochs is 2 or more"),
-    "rate": ({"base_lr": -0.1}, "--base-lr is finite, 0 or more, not -0.1"),
+    "warm-up": ({"warmup_epochs": 3}, "must be less than --epochs 3"),
+    "epochs": ({"epochs": 1, "warmup_epochs": 0}, "--epochs must be at least 2"),
+    "rate": ({"base_lr": -0.1}, "--base-lr must be between 0 and 1,000; it is -0.1"),
+    "no effect": ({"regime": "joint", "reverse_weight": 0.2}, "in the dssl regime only"),
     "run directory": ({"run_dir": "/proc/run"}, "choose another with --run-dir"),
     "device": ({"device": "gpu"}, "not a device"),
-    "width": ({"width": 12}, "multiple of 8, not 12"),
+    "width": ({"width": 12}, "--width must be between 8 and 4,096 and a multiple of 8; it is 12"),
 }
 
 
@@ -270,7 +274,9 @@ def test_another_experiment_is_refused_and_fresh_keeps_the_old_one(
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(
     folder: Path, tmp_path: Path
 ) -> None:
-    done = run(command(folder, tmp_path / "run", "--base-lr", "1e38"), status=1)
+    done = run(
+        command(folder, tmp_path / "run", "--base-lr", "1000", "--weight-decay", "1"), status=1
+    )
     assert "no longer finite" in done.stderr or "became" in done.stderr
     assert "Traceback" not in done.stderr
     for value in state(tmp_path / "run")["model"].values():

@@ -15,6 +15,7 @@ import byol_cifar10.run
 import simclr_cifar10.run
 from byol_cifar10.model import online_network
 from common.runtime.errors import UserError
+from common.training import run as run_setup
 from scripts import assert_equal, command_line, metrics, run, state
 
 EXPERIMENTS = ["simclr_cifar10", "byol_cifar10"]
@@ -101,7 +102,7 @@ def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
 
     monkeypatch.setattr(torch.nn.Module, "compile", all_but_the_last_stage)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(byol_cifar10.run, "require_compiler", lambda device: None)
+    monkeypatch.setattr(run_setup, "require_compiler", lambda device: None)
     small = {name.replace("-", "_"): value for name, value in SMALL.items()}
     small |= {"data_root": str(folder), "backbone": "resnet10", "linear_epochs": 0, "knn_every": 0}
 
@@ -141,8 +142,8 @@ def test_simclrs_negatives_come_from_both_ranks(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("module", "wrong", "message"),
     [
-        (simclr_cifar10.run, {"temperature": 0.0}, "--temperature lies above 0"),
-        (byol_cifar10.run, {"ema_decay": 1.1}, "--ema-decay lies in 0..1"),
+        (simclr_cifar10.run, {"temperature": 0.0}, "--temperature must be between 0.001"),
+        (byol_cifar10.run, {"ema_decay": 1.1}, "--ema-decay must be between 0 and 1; it is 1.1"),
     ],
 )
 def test_what_a_user_can_mend_stops_before_any_work(

@@ -77,7 +77,7 @@ def test_killed_and_continued_is_the_same_run(
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    while process.poll() is None and not (run_dir / "last.pt").exists():
+    while process.poll() is None and not (run_dir / "previous.pt").exists():
         time.sleep(0.002)
     process.kill()
     process.wait()
@@ -96,7 +96,7 @@ def test_two_ranks_killed_and_continued_end_with_the_same_weights(
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     run(on_two_ranks(command(experiment, folder, whole)))
     arguments = on_two_ranks(command(experiment, folder, run_dir))
-    kill(start_until(arguments, run_dir / "last.pt"))
+    kill(start_until(arguments, run_dir / "previous.pt"))
     assert not (run_dir / "backbone.pt").exists(), "killed too late"
     run(arguments)
     assert_same_end(run_dir, whole)
@@ -132,9 +132,9 @@ def test_a_broken_photograph_is_one_sentence(folder: Path, tmp_path: Path) -> No
 
 
 ERRORS = {
-    "epochs": ({"epochs": 0}, "--epochs is 1 or more, not 0"),
-    "prefetch": ({"prefetch": 0}, "--prefetch is 1 or more, not 0"),
-    "rate": ({"lr": math.nan}, "--lr is finite, 0 or more, not nan"),
+    "epochs": ({"epochs": 0}, "--epochs must be between 1 and"),
+    "prefetch": ({"prefetch": 0}, "--prefetch must be between 1 and"),
+    "rate": ({"lr": math.nan}, "--lr must be between 0 and 1,000; it is nan"),
     "batch": ({"dataset": "shapes", "batch_size": 6001}, "does not fit a set of 6000 images"),
 }
 

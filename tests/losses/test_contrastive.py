@@ -18,8 +18,8 @@ from simclr_cifar10 import loss
 TEMPERATURE = 0.5
 SETTINGS = {"temperature": TEMPERATURE, "ranks": Ranks(0, 1, torch.device("cpu"))}
 nt_xent = partial(loss.nt_xent, **SETTINGS)
-pull = partial(loss.pull, **SETTINGS)
-LOSSES = [nt_xent, pull]
+pair_loss = partial(loss.pair_loss, **SETTINGS)
+LOSSES = [nt_xent, pair_loss]
 
 
 def cosine(a: ndarray, b: ndarray) -> float:
@@ -46,7 +46,7 @@ def pull_by_hand(p: ndarray, z: ndarray, temperature: float = TEMPERATURE) -> fl
     return 0.5 * total / len(p)
 
 
-BY_HAND = [(nt_xent, nt_xent_by_hand), (pull, pull_by_hand)]
+BY_HAND = [(nt_xent, nt_xent_by_hand), (pair_loss, pull_by_hand)]
 
 
 def batch(count: int = 5, seed: int = 0) -> tuple[ndarray, ndarray]:
@@ -64,12 +64,12 @@ def test_values_that_the_eye_can_check() -> None:
     # each of four anchors: e² against e² + 1 + 1, itself left out
     assert nt_xent(z, z).item() == pytest.approx(math.log(1 + 2 * math.exp(-2)), rel=1e-6)
     # each of two anchors: e² against e² + 1, the positive counted in
-    assert pull(z, z).item() == pytest.approx(0.5 * math.log(1 + math.exp(-2)), rel=1e-6)
+    assert pair_loss(z, z).item() == pytest.approx(0.5 * math.log(1 + math.exp(-2)), rel=1e-6)
     # views of the same image opposite, the two images too: −2 against −2, and against 2, −2, −2
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     expected = math.log((math.exp(2) + 2 * math.exp(-2)) / math.exp(-2))
     assert nt_xent(z, -z).item() == pytest.approx(expected, rel=1e-6)
-    assert pull(z, -z).item() == pytest.approx(0.5 * math.log(1 + math.exp(4)), rel=1e-6)
+    assert pair_loss(z, -z).item() == pytest.approx(0.5 * math.log(1 + math.exp(4)), rel=1e-6)
 
 
 @pytest.mark.parametrize(("ours", "by_hand"), BY_HAND)
@@ -89,7 +89,7 @@ def test_values_by_loops(
 def test_gradients_by_differences(
     ours: Callable[..., Tensor], by_hand: Callable[..., float]
 ) -> None:
-    """Of every coordinate; none reaches the target of a pull, and both of NT-Xent's views."""
+    """Of every coordinate; none reaches the target of a pair_loss, and both of NT-Xent's views."""
     first, second = batch()
     z_1, z_2 = leaves(first, second)
     ours(z_1, z_2).backward()
@@ -106,7 +106,7 @@ def test_gradients_by_differences(
         return result
 
     numpy.testing.assert_allclose(z_1.grad.numpy(), slopes(first), rtol=0, atol=1e-6)
-    if ours is pull:
+    if ours is pair_loss:
         assert z_2.grad is None
     else:
         numpy.testing.assert_allclose(z_2.grad.numpy(), slopes(second), rtol=0, atol=1e-6)

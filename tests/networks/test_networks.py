@@ -17,7 +17,7 @@ from common.losses.collapse import spread
 from common.networks.resnet import CifarResNet, imagenet_resnet
 from common.runtime.errors import UserError
 from simclr_cifar10.model import SimCLR
-from simsiam_cifar10.loss import pull
+from simsiam_cifar10.loss import pair_loss
 from simsiam_cifar10.model import SimSiam
 from simsiam_imagenet.model import SimSiam as ImageNetSimSiam
 
@@ -250,15 +250,15 @@ def test_pull_by_hand() -> None:
     # cos((3, 4), (4, 3)) = 24/25, cos((1, 0), (−2, 0)) = −1, cos((0, 2), (5, 0)) = 0
     p = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
     z = torch.tensor([[4.0, 3.0], [-2.0, 0.0], [5.0, 0.0]])
-    assert pull(p, z).item() == pytest.approx(-0.5 * (24 / 25 - 1 + 0) / 3, rel=1e-6)
-    assert pull(p, 7 * p).item() == pytest.approx(-0.5, rel=1e-6)
-    assert pull(p, -p).item() == pytest.approx(0.5, rel=1e-6)
+    assert pair_loss(p, z).item() == pytest.approx(-0.5 * (24 / 25 - 1 + 0) / 3, rel=1e-6)
+    assert pair_loss(p, 7 * p).item() == pytest.approx(-0.5, rel=1e-6)
+    assert pair_loss(p, -p).item() == pytest.approx(0.5, rel=1e-6)
 
 
 def test_pulls_gradient_by_hand_and_none_reaches_the_target() -> None:
     p = torch.tensor([[3.0, 4.0], [1.0, 0.0]], requires_grad=True)
     z = torch.tensor([[4.0, 3.0], [0.0, 2.0]], requires_grad=True)
-    pull(p, z).backward()
+    pair_loss(p, z).backward()
     assert z.grad is None
     # −½ · (ẑ − cos · p̂)/‖p‖ over a batch of 2; hats are unit vectors
     first = -0.25 * (numpy.array([0.8, 0.6]) - 0.96 * numpy.array([0.6, 0.8])) / 5
@@ -271,7 +271,7 @@ def test_nothing_reaches_the_network_through_the_target() -> None:
     network = small_network()
     _, z = network(torch.randn(4, 3, 8, 8))
     p = torch.randn(4, 24, requires_grad=True)
-    pull(p, z).backward()
+    pair_loss(p, z).backward()
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -280,7 +280,7 @@ def test_pull_computes_in_fp32() -> None:
     p, z = torch.randn(16, 64).bfloat16(), torch.randn(16, 64).bfloat16()
     wide_p, wide_z = p.double().numpy(), z.double().numpy()
     norms = numpy.linalg.norm(wide_p, axis=1) * numpy.linalg.norm(wide_z, axis=1)
-    loss = pull(p, z)
+    loss = pair_loss(p, z)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(-0.5 * ((wide_p * wide_z).sum(1) / norms).mean(), rel=1e-4)
 

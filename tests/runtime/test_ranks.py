@@ -26,9 +26,9 @@ from common.training.meter import Meter
 from common.training.run_folder import RunLog
 from common.views import Views
 from simclr_cifar10.loss import nt_xent
-from simclr_cifar10.loss import pull as info_nce
+from simclr_cifar10.loss import pair_loss as info_nce
 from simclr_cifar10.model import SimCLR
-from simsiam_cifar10.loss import pull
+from simsiam_cifar10.loss import pair_loss
 from simsiam_cifar10.model import SimSiam
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -72,7 +72,7 @@ def gradients(model: nn.Module, views: Views, regime: str, s: float) -> dict[str
     def target(view: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return target_network(view)[1] if s < 0 else z
 
-    for part in loss_parts(model, model, views, regime, pull, max(s, 0), target):
+    for part in loss_parts(model, model, views, regime, pair_loss, max(s, 0), target):
         part.loss.backward()
     return {name: p.grad.clone() for name, p in unwrap(model).named_parameters()}
 

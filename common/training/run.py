@@ -1,0 +1,100 @@
+"""What surrounds a training script: processes, device, run folder and last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from common.data.batches import Batches
+from common.runtime import ranks as processes
+from common.runtime.compiler import require_compiler
+from common.runtime.errors import require
+from common.runtime.precision import Precision, autocast
+from common.training.run_folder import REPOSITORY, RunLog
+from common.training.settings import check_settings
+from common.training.training import Stateful, Training
+from common.views import Regime, ViewMaker
+
+
+class RunConfig(Protocol):
+    """The settings that every training script has."""
+
+    regime: Regime
+    epochs: int
+    batch_size: int
+    max_steps: int
+    checkpoint_minutes: float
+    seed: int
+    device: str
+    precision: Precision
+    compile: bool
+    run_dir: str
+    fresh: bool
+
+
+class Run:
+    """A run of an experiment: checks its settings, starts its processes, opens its folder.
+
+    Args:
+        experiment: the name of its folder in the repository, and in `runs/`.
+        config: a dataclass of plain values.
+        every_gpu: use every GPU of the machine where `--device` names none (by starting again
+            under torchrun).
+
+    Raises:
+        UserError: for a setting outside its range, a device that is missing, a batch that the
+            processes cannot share, a folder that cannot be used, or a checkpoint of another run.
+    """
+
+    def __init__(self, experiment: str, config: RunConfig, *, every_gpu: bool = False) -> None:
+        check_settings(config)
+        if every_gpu:
+            processes.use_every_gpu(config.device)
+        self.config = config
+        self.ranks = processes.start(config.device)
+        self.device = self.ranks.device
+        if config.compile:
+            require_compiler(self.device)
+        self.ranks.share(config.batch_size)
+        require(
+            config.batch_size >= 2 * self.ranks.world_size,
+            "--batch-size must be at least 2 for each process: BatchNorm needs two images",
+        )
+        default = REPOSITORY / "runs" / experiment / f"{config.regime}-seed{config.seed}"
+        folder = Path(config.run_dir or default)
+        self.log = RunLog(folder, asdict(config), config.fresh, self.ranks)
+        self.saved: dict[str, Any] | None = self.log.load_checkpoint()
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Move a network to the device (channels last), compile it if asked; DDP around it."""
+        model = self.ranks.wrap(network.to(memory_format=torch.channels_last))
+        self.compile(network)
+        return model
+
+    def compile(self, *modules: nn.Module) -> None:
+        """With `--compile`, compile modules in place."""
+        if self.config.compile:
+            for module in modules:
+                module.compile()
+
+    def autocast(self) -> torch.autocast:
+        """The context for forward passes, of the precision that was asked for."""
+        return autocast(self.config.precision, self.device)
+
+    def training(
+        self, parts: Mapping[str, Stateful], batches: Batches, view_maker: ViewMaker
+    ) -> Training:
+        """The bookkeeping of the run's steps, continued from the last checkpoint if there is one.
+
+        Args:
+            parts: what a checkpoint holds, by name: the network as "model", the optimiser as
+                "optimiser", and whatever else changes with the steps.
+            batches: the images.
+            view_maker: whose views are drawn into views.png, and compiled with `--compile`.
+        """
+        return Training(self.config, self.ranks, self.log, self.saved, parts, batches, view_maker)
