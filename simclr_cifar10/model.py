@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from common.networks.head import head
 from common.networks.resnet import CifarDepth, CifarResNet
+from common.networks.siamese import Siamese
 
 
-class SimCLR(nn.Module):
-    """Backbone f, projector g: images `[B, 3, H, W]` to z = g(f(x)), float `[B, d]`.
+class SimCLR(Siamese):
+    """SimCLR over a ResNet for 32-px images: no predictor, so p is z.
 
-    The projector's form and widths are this project's choice: the authors published no script.
+    The authors published no script for this; the projector is this project's choice.
 
     Args:
-        architecture, width, stem_stride: of the backbone.
-        hidden_dim: of the projector.
-        projector_dim: d, of z.
+        architecture, width, stem_stride: of the backbone, see `CifarResNet`.
+        hidden_dim: the dimension of the projector's hidden layer.
+        projector_dim: d, the dimension of z.
     """
 
     def __init__(
@@ -27,9 +26,5 @@ class SimCLR(nn.Module):
         projector_dim: int,
         stem_stride: int = 1,
     ) -> None:
-        super().__init__()
-        self.backbone = CifarResNet(architecture, width, stem_stride)
-        self.projector = head(self.backbone.feature_dim, hidden_dim, projector_dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        backbone = CifarResNet(architecture, width, stem_stride)
+        super().__init__(backbone, head(backbone.feature_dim, hidden_dim, projector_dim))

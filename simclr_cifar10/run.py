@@ -123,8 +123,7 @@ def main(config: Config) -> None:
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
         with run.autocast():
-            z = model(normalised(view))
-        return z, z  # no predictor: p is z
+            return model(normalised(view))
 
     # losses
     asymmetric = partial(pair_loss, temperature=config.temperature, ranks=run.ranks)

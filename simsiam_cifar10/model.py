@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from common.networks.head import head
 from common.networks.resnet import CifarDepth, CifarResNet
+from common.networks.siamese import Siamese
 
 
-class SimSiam(nn.Module):
-    """Backbone f, projector g, predictor h: images `[B, 3, H, W]` to p = h(z) and z = g(f(x)).
+class SimSiam(Siamese):
+    """SimSiam over a ResNet for 32-px images.
 
-    As in the authors' script the projector has two layers and every Linear a bias. Its third
-    layer there is built and never used; it is left out here.
+    As in the authors' script the projector has two layers and every Linear a bias. The script
+    also builds a third projector layer and never uses it; it is left out here.
 
     Args:
-        architecture, width, stem_stride: of the backbone.
-        projector_dim: d, of z and p.
-        predictor_dim: of the predictor's bottleneck.
+        architecture, width, stem_stride: of the backbone, see `CifarResNet`.
+        projector_dim: d, the dimension of z and p.
+        predictor_dim: the dimension of the predictor's hidden layer.
     """
 
     def __init__(
@@ -28,18 +29,13 @@ class SimSiam(nn.Module):
         predictor_dim: int,
         stem_stride: int = 1,
     ) -> None:
-        super().__init__()
-        self.backbone = CifarResNet(architecture, width, stem_stride)
-        self.projector = nn.Sequential(
-            nn.Linear(self.backbone.feature_dim, projector_dim),
-            nn.BatchNorm1d(projector_dim),
+        backbone = CifarResNet(architecture, width, stem_stride)
+        d = projector_dim
+        projector = nn.Sequential(
+            nn.Linear(backbone.feature_dim, d),
+            nn.BatchNorm1d(d),
             nn.ReLU(inplace=True),
-            nn.Linear(projector_dim, projector_dim),
-            nn.BatchNorm1d(projector_dim, affine=False),
+            nn.Linear(d, d),
+            nn.BatchNorm1d(d, affine=False),
         )
-        self.predictor = head(projector_dim, predictor_dim, projector_dim)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.projector(self.backbone(images))
-        p = self.predictor(z)
-        return p, z  # [B, d] each
+        super().__init__(backbone, projector, head(d, predictor_dim, d))

@@ -1,4 +1,4 @@
-"""BYOL's target network: an exponential moving average of the online network's parameters."""
+"""A target network: an exponential moving average (EMA) of an online network's parameters."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def make_target(online: Network) -> Network:
 
 @torch.no_grad()
 def update(target: nn.Module, online: nn.Module, decay: float) -> None:
-    """target ← decay·target + (1 − decay)·online, in place, parameter by parameter.
+    """target ← decay · target + (1 − decay) · online, in place, for every parameter.
 
-    Grill et al., *Bootstrap Your Own Latent*, 2020 (ξ ← τξ + (1 − τ)θ). Buffers are left alone:
-    BatchNorm's running averages come from the target's own passes.
+    Grill et al., *Bootstrap Your Own Latent*, 2020 (ξ ← τξ + (1 − τ)θ). Buffers do not change:
+    the target's BatchNorm averages come from its own passes.
 
     Args:
         target: from `make_target`.
-        online: parameters of the same order, shapes and dtypes; DDP's wrapper may be around it.
-        decay: τ in [0, 1]; 1 leaves the target as it is, 0 makes it the online network.
+        online: has parameters of the same order, shapes and dtypes; it may be wrapped in DDP.
+        decay: τ in [0, 1]; 1 keeps the target as it is, 0 copies the online network.
     """
-    # lerp: where target and online agree, rounding does not move the target.
+    # lerp: where target and online are equal, rounding does not change the target.
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)

@@ -1,4 +1,4 @@
-"""The head of two layers: a predictor, or BYOL's and SimCLR's projector."""
+"""A head of two layers, used as a predictor or as a projector."""
 
 from __future__ import annotations
 

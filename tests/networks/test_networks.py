@@ -233,7 +233,7 @@ def test_forward_returns_prediction_first() -> None:
 
 
 def test_the_prediction_reaches_every_parameter() -> None:
-    """The stop-gradient is the loss's; none stands inside the network."""
+    """The stop-gradient is in the loss; the network has none."""
     torch.manual_seed(0)
     network = small_network()
     p, _ = network(torch.randn(6, 3, 8, 8))
@@ -397,6 +397,7 @@ def test_simclr_has_a_projector_alone() -> None:
     assert count(network) == 11_168_832 + 1_316_992
     network.eval()
     images = torch.rand(2, 3, 32, 32)
-    z = network(images)
+    p, z = network(images)
+    assert p is z
     assert z.shape == (2, 128)
     assert torch.equal(network.projector(network.backbone(images)), z)
