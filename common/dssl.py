@@ -1,15 +1,19 @@
 """The directional loss L = L_S(v, v') + L_A(v̂ → v) + L_A(v̂' → v'), section 3 of the paper.
 
-A base method brings a network and a pair loss; the regime decides which views meet, and in which
-direction. The terms are handed out in parts, each to go backward before the next forward pass:
-targets carry no gradient, so the gradients are those of the whole sum, while the activations of
-two views are alive at a time instead of four. An L_S that is one term over both views goes backward
-before the heavy ones are passed.
+A base method has a network and a loss for one pair of views. The regime decides which views are
+compared, and which of the two moves. The terms of the loss come in parts. Call each part's
+`backward` before the next part is computed: targets have no gradient, so the gradients are those of
+the whole sum, but the activations of two views are in memory at a time instead of four (of three
+where the direction is softened, s > 0).
+
+The views are passed in the order v, v', v̂, v̂', as in the authors' scripts: BatchNorm's running
+averages depend on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -20,10 +24,10 @@ from common.views import Regime, Views
 
 
 class Part(NamedTuple):
-    """Terms of the loss that can go backward together.
+    """Terms of the loss that go backward together.
 
-    `loss` is their weighted sum; `log` holds each term unweighted and detached, to be summed by
-    name over the parts of a step: L = symmetric + (1 − s) · asymmetric + s · reverse.
+    `loss` is their weighted sum. `log` holds each term unweighted and detached; summed by name over
+    the parts of a step, L = symmetric + (1 − s) · asymmetric + s · reverse.
     """
 
     loss: Tensor
@@ -42,8 +46,9 @@ def loss_parts(
     regime: Regime,
     pair_loss: Callable[[Tensor, Tensor], Tensor],
     reverse_weight: float = 0.0,
-    target: Callable[[Tensor, Tensor], Tensor] = own_projection,
+    target: Callable[[Tensor, Tensor | None], Tensor] = own_projection,
     symmetric_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    one_sided: bool = False,
 ) -> Iterator[Part]:
     """Yield the parts of a step's loss; call `part.loss.backward()` before asking for the next.
 
@@ -51,76 +56,67 @@ def loss_parts(
         model: what `forward` calls; under DDP its gradients are reduced with the last part only.
         forward: a view `[B, 3, H, W]` to prediction p and projection z, each `[B, d]`.
         views: from a `ViewMaker` of the same regime.
-        regime: baseline joins the standard views, joint the heavy ones, symmetrically; dssl adds
-            to the baseline each heavy view's pull towards its source.
-        pair_loss: moves the prediction in its first argument towards the target in its second; no
-            gradient reaches the target.
-        reverse_weight: s, 0..1: the share of each asymmetric term that pulls the standard view
-            towards its heavy one instead.
-        target: a view and its z to what others are pulled towards, `[B, d]`: z itself, or ξ by a
-            target network. Called once for each view that is a target, and for no other.
-        symmetric_loss: L_S as one term over both views' projections, gradient to both, such as
-            NT-Xent; None: each prediction is pulled towards the other view's target.
+        regime: baseline compares the standard views, joint the heavy ones, by L_S; dssl adds to
+            the baseline a term L_A for each heavy view, whose target is its standard view.
+        pair_loss: ½ of the loss of a prediction (first argument, moves) and a target (second
+            argument, no gradient). It is L_A, and twice of it are L_S.
+        reverse_weight: s, 0..1, in the dssl regime: the share of each L_A in which the standard
+            view moves and the heavy view is the target.
+        target: a view and its z to the target of its pairs, `[B, d]`: z itself, or the output of a
+            target network. It is called once for each view that is a target, and for no other.
+        symmetric_loss: L_S as one term of both views' projections with gradient to both, such as
+            NT-Xent; None: each prediction is paired with the other view's target.
+        one_sided: L_S moves the first view only, by the whole loss. The second view is then not
+            passed through the model, and `target` gets None in place of its z.
 
     Raises:
-        ValueError: for a reverse weight above 0 beside `symmetric_loss`.
+        ValueError: for a reverse weight above 0 beside `symmetric_loss` or `one_sided`.
     """
-    if symmetric_loss is not None and reverse_weight > 0:
-        raise ValueError(
-            f"a reverse weight of {reverse_weight} does not go with an L_S that is one term: it "
-            "goes backward before there are heavy views to be pulled to; leave it at 0"
-        )
-    if regime != "dssl":
-        first, second = views[2:] if regime == "joint" else views[:2]
-        with no_sync(model):
-            p_1, z_1 = forward(first)
-        p_2, z_2 = forward(second)
-        if symmetric_loss is None:
-            symmetric = pair_loss(p_1, target(second, z_2)) + pair_loss(p_2, target(first, z_1))
-        else:
-            symmetric = symmetric_loss(z_1, z_2)
-        yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
-        return
-
-    if symmetric_loss is not None:
-        with no_sync(model):
-            _, z_1 = forward(views.standard_1)
-            _, z_2 = forward(views.standard_2)
-            symmetric = symmetric_loss(z_1, z_2)
-            yield Part(symmetric, {"symmetric": symmetric.detach(), "spread": spread(z_1)})
-
-            p_heavy, _ = forward(views.heavy_1)
-            asymmetric = pair_loss(p_heavy, target(views.standard_1, z_1))
-            yield Part(asymmetric, {"asymmetric": asymmetric.detach()})
-
-        p_heavy, _ = forward(views.heavy_2)
-        asymmetric = pair_loss(p_heavy, target(views.standard_2, z_2))
-        yield Part(asymmetric, {"asymmetric": asymmetric.detach()})
-        return
-
     s = reverse_weight
-    with no_sync(model):
-        p_1, z_1 = forward(views.standard_1)
-        p_heavy, z_heavy = forward(views.heavy_1)
-        target_1 = target(views.standard_1, z_1)
-        asymmetric = pair_loss(p_heavy, target_1)
-        log = {"asymmetric": asymmetric.detach(), "spread": spread(z_1)}
-        yield Part((1 - s) * asymmetric, log)
+    if s > 0 and (symmetric_loss is not None or one_sided):
+        raise ValueError(
+            f"a reverse weight of {s} needs an L_S of two pairs, one for each view; leave it at 0"
+        )
+    is_directional = regime == "dssl"
+    first, second = views[2:] if regime == "joint" else views[:2]
+    # Gradients are reduced with the last backward pass, by what DDP does in the forward pass of it.
+    with _no_sync_if(is_directional, model):
+        with _no_sync_if(not one_sided, model):
+            p_1, z_1 = forward(first)
+        p_2, z_2 = (None, None) if one_sided else forward(second)
+        if is_directional or not (one_sided or symmetric_loss):
+            target_1 = target(first, z_1)
+        if is_directional or not symmetric_loss:
+            target_2 = target(second, z_2)
 
-        p_2, z_2 = forward(views.standard_2)
-        target_2 = target(views.standard_2, z_2)
-        symmetric = pair_loss(p_1, target_2)
-        loss, log = symmetric, {"symmetric": symmetric.detach()}
-        if s > 0:
-            reverse = pair_loss(p_1, target(views.heavy_1, z_heavy))
-            loss, log["reverse"] = loss + s * reverse, reverse.detach()
-        yield Part(loss, log)
+        if symmetric_loss is not None:
+            symmetric = [symmetric_loss(z_1, z_2)]
+        elif one_sided:
+            symmetric = [2 * pair_loss(p_1, target_2)]
+        else:
+            symmetric = [pair_loss(p_1, target_2), pair_loss(p_2, target_1)]
+        log = {"spread": spread(z_1)}
+        if not (is_directional and s > 0):
+            loss = sum(symmetric[1:], symmetric[0])
+            yield Part(loss, {"symmetric": loss.detach(), **log})
+            log = {}
+        if not is_directional:
+            return
 
-    p_heavy, z_heavy = forward(views.heavy_2)
-    symmetric, asymmetric = pair_loss(p_2, target_1), pair_loss(p_heavy, target_2)
-    loss = symmetric + (1 - s) * asymmetric
-    log = {"symmetric": symmetric.detach(), "asymmetric": asymmetric.detach()}
-    if s > 0:
-        reverse = pair_loss(p_2, target(views.heavy_2, z_heavy))
-        loss, log["reverse"] = loss + s * reverse, reverse.detach()
-    yield Part(loss, log)
+    for index in range(2):
+        with _no_sync_if(index == 0, model):
+            p_heavy, z_heavy = forward(views[2 + index])
+            asymmetric = pair_loss(p_heavy, (target_1, target_2)[index])
+            loss, log["asymmetric"] = asymmetric, asymmetric.detach()
+            if s > 0:
+                # The standard view's prediction moves by both terms, so it waited for this pass.
+                p, own = (p_1, p_2)[index], symmetric[index]
+                reverse = pair_loss(p, target(views[2 + index], z_heavy))
+                loss = own + (1 - s) * asymmetric + s * reverse
+                log |= {"symmetric": own.detach(), "reverse": reverse.detach()}
+            yield Part(loss, log)
+            log = {}
+
+
+def _no_sync_if(condition: bool, model: nn.Module) -> AbstractContextManager[None]:
+    return no_sync(model) if condition else nullcontext()
