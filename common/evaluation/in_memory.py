@@ -54,7 +54,8 @@ def linear_accuracy(
 ) -> float:
     """Train a classifier on the frozen backbone; top-1 accuracy in percent over the whole test set.
 
-    Continues from its own checkpoints, written after each epoch and when a signal comes.
+    Continues from its own checkpoints, written after each epoch and when a signal comes. An epoch
+    has whole batches only, as in the authors' script.
 
     Args:
         backbone: put in eval mode; no gradient reaches it. Its `feature_dim` is d.
@@ -75,6 +76,8 @@ def linear_accuracy(
         for step, batch, rows in batches_of_epoch(
             len(train), batch_size, seed, ranks, epoch, first_step
         ):
+            if len(batch) < batch_size:
+                return
             draws = augmentation.draw(len(batch), size, generator_for("linear", seed, epoch, step))
             index = send(batch[rows], ranks.device)
             with torch.no_grad():
