@@ -17,7 +17,7 @@ def generator_for(purpose: str, *key: int) -> torch.Generator:
     """
     # SeedSequence pads with zeros: the length keeps (1,) and (1, 0) apart.
     entropy = np.random.SeedSequence((zlib.crc32(purpose.encode()), len(key), *key))
-    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
