@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from byol_cifar10.augmentation import heavy_augmentation
@@ -40,10 +39,10 @@ from common.dssl import loss_parts
 from common.evaluation.in_memory import Evaluation
 from common.networks.ema import make_target, update
 from common.networks.resnet import CifarDepth
-from common.runtime.errors import run_script
 from common.runtime.precision import Precision
+from common.runtime.repository import REPOSITORY
+from common.runtime.script import run_script
 from common.training.run import Run
-from common.training.run_folder import REPOSITORY
 from common.training.schedule import check_warmup, warmup_cosine
 from common.training.settings import (
     BatchSize,
@@ -161,4 +160,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, Config, __doc__)

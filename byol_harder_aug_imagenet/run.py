@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from byol_harder_aug_imagenet.augmentation import heavy_augmentation, whole_augmentation
@@ -35,10 +34,10 @@ from common.data.photographs import RandomCrops, find_photographs
 from common.dssl import loss_parts
 from common.networks.ema import make_target, update
 from common.networks.resnet import Depth
-from common.runtime.errors import run_script
 from common.runtime.precision import Precision
+from common.runtime.repository import REPOSITORY
+from common.runtime.script import run_script
 from common.training.run import Run
-from common.training.run_folder import REPOSITORY
 from common.training.schedule import cosine
 from common.training.settings import (
     BatchSize,
@@ -151,4 +150,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, Config, __doc__)

@@ -28,9 +28,10 @@ import tyro
 
 from common.augment.cifar10 import IMAGE_SIZE
 from common.data.in_memory import load_cifar10
-from common.runtime.errors import StopRequested, UserError, run_script
+from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
-from common.training.run_folder import REPOSITORY
+from common.runtime.repository import REPOSITORY
+from common.runtime.script import run_script
 from common.training.signals import StopFlag
 
 RESULTS = Path(__file__).resolve().parent
@@ -253,5 +254,4 @@ def is_finished(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
-    run_script(Campaign(config.campaign).main, config)
+    run_script(lambda config: Campaign(config.campaign).main(config), Config, __doc__)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from common.augment.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
@@ -29,10 +28,11 @@ from common.data.in_memory import Dataset, load_images
 from common.dssl import loss_parts
 from common.evaluation.in_memory import Evaluation
 from common.networks.resnet import CifarDepth
-from common.runtime.errors import require, run_script
+from common.runtime.errors import require
 from common.runtime.precision import Precision
+from common.runtime.repository import REPOSITORY
+from common.runtime.script import run_script
 from common.training.run import Run
-from common.training.run_folder import REPOSITORY
 from common.training.schedule import check_warmup, warmup_cosine
 from common.training.settings import (
     BatchSize,
@@ -150,4 +150,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, Config, __doc__)

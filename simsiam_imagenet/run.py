@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
@@ -30,10 +29,11 @@ from common.data.loader import Loading
 from common.data.photographs import RandomCrops, find_photographs
 from common.dssl import loss_parts
 from common.networks.resnet import Depth
-from common.runtime.errors import require, run_script
+from common.runtime.errors import require
 from common.runtime.precision import Precision
+from common.runtime.repository import REPOSITORY
+from common.runtime.script import run_script
 from common.training.run import Run
-from common.training.run_folder import REPOSITORY
 from common.training.schedule import cosine
 from common.training.settings import (
     BatchSize,
@@ -143,4 +143,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, Config, __doc__)

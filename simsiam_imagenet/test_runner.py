@@ -10,10 +10,8 @@ The protocol and its settings are those of every ImageNet experiment: `Config` i
 
 from __future__ import annotations
 
-import tyro
-
 from common.evaluation.test_runner import Config, main
-from common.runtime.errors import run_script
+from common.runtime.script import run_script
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, Config, __doc__)

@@ -35,10 +35,11 @@ from common.runtime import ranks as distributed
 from common.runtime.errors import StopRequested, UserError, require
 from common.runtime.precision import Precision, autocast
 from common.runtime.ranks import Ranks
+from common.runtime.repository import REPOSITORY
 from common.runtime.seeding import generator_for
 from common.training.checkpoint import Checkpoints, read_checkpoint
+from common.training.config_json import MAY_CHANGE
 from common.training.larc import LARC
-from common.training.run_folder import MAY_CHANGE, REPOSITORY
 from common.training.schedule import cosine
 from common.training.signals import StopFlag
 

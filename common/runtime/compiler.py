@@ -1,4 +1,4 @@
-"""What torch.compile needs beside torch."""
+"""What torch.compile needs besides torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from common.runtime.errors import require
 
 
 def require_compiler(device: torch.device) -> None:
-    """Refuse `--compile` where its first step would fail, on Linux or macOS, on a CPU or with CUDA.
+    """Refuse `--compile` if its first step would fail, on Linux and macOS, for CPU and CUDA.
 
     Raises:
-        UserError: without a compiler or Python's headers.
+        UserError: if a compiler or Python's headers are missing.
     """
     if device.type not in ("cpu", "cuda") or sys.platform == "win32":
         return
@@ -30,11 +30,11 @@ def require_compiler(device: torch.device) -> None:
     require(
         any(shutil.which(name) for name in names),
         f"--compile needs a compiler, and there is no {' or '.join(names)}: install it, name "
-        f"another in the environment variable {variable}, or leave --compile out",
+        f"another in the environment variable {variable}, or run without --compile",
     )
     include = Path(sysconfig.get_paths()["include"])
     require(
         (include / "Python.h").exists(),
         f"--compile needs Python's headers, and there is no {include / 'Python.h'}: install them "
-        "(on Debian and Ubuntu, python3-dev), or leave --compile out",
+        "(on Debian and Ubuntu, python3-dev), or run without --compile",
     )

@@ -1,4 +1,4 @@
-"""Memory of CPU tensors, kept between the steps."""
+"""Memory of CPU tensors, reused from step to step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ M_MMAP_MAX = -4
 def keep_freed_memory() -> None:
     """Let the process keep freed memory for the next tensors, where the C library is glibc.
 
-    By default it hands the memory of large tensors back at once, and every step pays again for
-    getting and zeroing each page: half the time of the crops at 32 px. The process then holds as
-    much as its largest step has needed.
+    By default the memory of a large tensor goes back to the system at once, and in each step the
+    system has to find and zero every page again: half the time of the crops at 32 px. With this
+    call the process keeps as much memory as its largest step has used.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,93 +1,166 @@
-"""Checkpoints that a kill, a full disk or a broken file cannot take away."""
+"""Checkpoints that a kill, a full disk or a damaged file cannot destroy."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
+import textwrap
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from common.runtime.errors import UserError
+from common.runtime.files import write_whole
+from common.runtime.output import say
+
+# The first bytes of files that torch before 1.6 wrote: a pickled number, the format's mark.
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def write_whole(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a file so that at any moment it is the old one or the new one, whole.
+class Stateful(Protocol):
+    """What can be part of a checkpoint: a module, an optimiser."""
 
-    Raises:
-        OSError: if it cannot be written; the old one then stands.
-    """
-    # By way of memory: writing to a file, torch.save tells a full disk as a RuntimeError.
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
+def serialise(state: Mapping[str, Any]) -> memoryview:
+    """The bytes of a file of tensors and plain values."""
+    # In memory: when torch.save writes to a full disk, it raises RuntimeError, not OSError.
     content = io.BytesIO()
     torch.save(dict(state), content)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with beside.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # not every file system lets a folder be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return content.getbuffer()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, its checksums verified, tensors and plain values only.
+    """Read a file of tensors and plain values to the CPU; code in it is never executed.
+
+    Checksums are verified. The format of torch before 1.6, which has none, is read too.
 
     Raises:
-        UserError: if the file is missing or damaged; it is named.
+        UserError: if the file is missing, damaged or holds anything else; it is named.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file, so it cannot be a checkpoint")
     try:
-        # torch.load does not look at the checksums that torch.save wrote.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            # The one thing no checksum covers, yet torch reads: an entry marked as a folder.
-            for entry in archive.infolist():
-                if entry.external_attr:
-                    damaged = entry.filename
-        if damaged is not None:
-            raise UserError(f"{path} is damaged (at {damaged})")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            is_old_format = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+        if not is_old_format:
+            _verify_checksums(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is damaged or not a checkpoint ({error})") from error
+        raise UserError(f"{path} {_reason(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(
+            f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary "
+            "with names as keys"
+        )
+    return state
 
 
-def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What differs between a checkpoint's settings and those wanted, by name; empty: nothing."""
-    return "; ".join(
-        f"{name} was {saved.get(name)!r}, now {wanted.get(name)!r}"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
+def _verify_checksums(path: Path) -> None:
+    """Check what torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        # No checksum covers the mark of a folder, and torch reads an entry with it as empty.
+        for entry in archive.infolist():
+            if entry.external_attr:
+                damaged = entry.filename
+    if damaged is not None:
+        raise UserError(f"{path} is damaged (at {damaged})")
+
+
+def _reason(error: Exception) -> str:
+    """Why a file was not read. Torch's own message would advise to turn its protection off."""
+    text = str(error)
+    if "weights_only" not in text and "Weights only" not in text:
+        return f"is damaged or not a checkpoint ({first_line(error)})"
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    named = f", {found[1]}" if found else ""
+    return (
+        f"is not loaded: it holds more than tensors and plain values{named}, and reading it could "
+        "execute code of others"
     )
 
 
-class Checkpoints:
-    """`<last>` and, in case that one breaks, `<previous>`, the one before it.
+def first_line(error: Exception) -> str:
+    """The start of an error's message, for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # "Error(s) in loading state_dict for …:" is followed by what is wrong.
+    reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else (lines or [repr(error)])[0]
+    return textwrap.shorten(reason, 160, placeholder=" …")
+
+
+def require_entries(state: Mapping[str, Any], entries: Mapping[str, type], path: Path) -> None:
+    """Refuse a file that is not of the expected kind.
 
     Args:
-        folder: where they lie.
-        last, previous: their file names.
-        way_out: what a user can do where both are damaged.
+        entries: names that `state` must have, with the type of each value.
+
+    Raises:
+        UserError: naming the entry that is missing or has another type.
+    """
+    for name, kind in entries.items():
+        if name not in state:
+            raise UserError(f"{path} is another kind of file: it has no entry {name!r}")
+        if not isinstance(state[name], kind):
+            raise UserError(
+                f"{path} is another kind of file: its entry {name!r} is a "
+                f"{type(state[name]).__name__}, not a {kind.__name__}"
+            )
+
+
+def restore(parts: Mapping[str, Stateful], saved: Mapping[str, Any], path: Path) -> None:
+    """Load the state of each part from a checkpoint.
+
+    Args:
+        path: of the checkpoint, for the message.
+
+    Raises:
+        UserError: naming the part that is missing or does not fit.
+    """
+    for name, part in parts.items():
+        require_entries(saved, {name: dict}, path)
+        try:
+            part.load_state_dict(saved[name])
+        except Exception as error:  # other content can raise anything
+            raise UserError(f"{path}: its {name!r} does not fit ({first_line(error)})") from error
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between a checkpoint's settings and the present ones, by name; empty: none."""
+    changed = [
+        f"{name} was {saved[name]!r}, now {wanted[name]!r}"
+        for name in sorted(saved.keys() & wanted.keys(), key=str)
+        if saved[name] != wanted[name]
+    ]
+    for names, verb in (
+        (saved.keys() - wanted.keys(), "has"),
+        (wanted.keys() - saved.keys(), "lacks"),
+    ):
+        if names:
+            changed.append(f"it {verb} the settings {', '.join(sorted(map(str, names)))}")
+    return "; ".join(changed)
+
+
+class Checkpoints:
+    """The file `last`, and `previous`, the one before it, in case `last` is damaged.
+
+    Args:
+        folder: of both files.
+        last, previous: their names.
+        way_out: what a user can do if both are damaged.
+        entries: names and types of what a checkpoint must hold.
     """
 
     def __init__(
@@ -95,23 +168,26 @@ class Checkpoints:
         folder: Path,
         last: str = "last.pt",
         previous: str = "previous.pt",
-        way_out: str = "start anew with --fresh (nothing is deleted)",
+        way_out: str = "start a new run with --fresh (nothing is deleted)",
+        entries: Mapping[str, type] | None = None,
     ) -> None:
         self.last = folder / last
         self.previous = folder / previous
         self.way_out = way_out
+        self.entries = entries or {}
         self._last_is_damaged = False
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Keep the last one as the previous one and write a new last one.
+        """Rename the last checkpoint to the previous one and write a new last one.
 
-        The older previous one is let go first, so that two take up the disk and never three.
+        The older previous one is deleted first, so that there are never three on the disk.
 
         Raises:
             OSError: if the new one cannot be written; `load` then still finds the last one.
         """
+        content = serialise(state)
         self._keep_last()
-        write_whole(self.last, state)
+        write_whole(self.last, content)
         self._last_is_damaged = False
 
     def _keep_last(self) -> None:
@@ -123,7 +199,7 @@ class Checkpoints:
         with suppress(FileNotFoundError):
             beside.unlink()
         try:
-            # A second name for the same file: at no moment is there no last one.
+            # A second name for the same file: at every moment there is a last one.
             os.link(self.last, beside)
         except OSError:
             self.last.replace(self.previous)  # no hard links on this file system
@@ -131,10 +207,11 @@ class Checkpoints:
             beside.replace(self.previous)
 
     def load(self) -> dict[str, Any] | None:
-        """The last one; where it is damaged, the previous one, saying so; None where none is.
+        """The last checkpoint; if it is damaged, the previous one, with a warning; None: no file.
 
         Raises:
-            UserError: if there are checkpoints and none can be read.
+            UserError: if there are checkpoints and none can be read, or the one that can is a file
+                of another kind.
         """
         problems = []
         for path in (self.last, self.previous):
@@ -146,8 +223,12 @@ class Checkpoints:
                 problems.append(str(error))
                 self._last_is_damaged = path == self.last
                 continue
+            try:
+                require_entries(state, self.entries, path)
+            except UserError as error:
+                raise UserError(f"{error}; move it to another folder, or {self.way_out}") from error
             for problem in problems:
-                print(f"warning: {problem}; continuing from {path}")
+                say(f"warning: {problem}; continuing from {path}")
             return state
         if problems:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Means over an epoch of what its steps report, read without making a step wait."""
+"""Means over an epoch of what its steps report; no step waits for them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks, send
 
 WAY_OUT = (
-    "the checkpoint before it stands. Start anew with --fresh and a lower learning rate, or with "
-    "--precision fp32"
+    "the checkpoint before it is kept. Start a new run with --fresh and a lower learning rate, or "
+    "with --precision fp32"
 )
 
 
 def require_finite(network: nn.Module) -> None:
-    """Keep broken weights out of a checkpoint: a last step's are not in any loss yet.
+    """Check weights before they are saved: those of the last step have not given a loss yet.
 
     Raises:
         UserError: if a parameter is not finite.
@@ -30,7 +30,7 @@ def require_finite(network: nn.Module) -> None:
 
 
 class Pending(NamedTuple):
-    """A step's numbers on their way to the host: sums over ranks of values, then of requests."""
+    """A step's numbers being copied to the CPU: sums over ranks of values, then of requests."""
 
     names: list[str]
     requests: list[str]
@@ -42,12 +42,12 @@ class Meter:
     """Sums scalars over the steps of an epoch, averaged over ranks.
 
     On CUDA a step's values are read after the next step has been queued, so that the device never
-    idles for them; elsewhere at once. A request that any rank made reaches all of them with the
-    values, in the same step.
+    waits; on other devices at once. A request of any rank reaches all ranks with the values, in the
+    same step.
 
     Args:
         ranks: this process's place.
-        sums, steps: what an interrupted epoch had gathered.
+        sums, steps: of the epoch's steps before the run was continued.
         way_out: what a user can do about a loss that is not finite.
     """
 
@@ -69,10 +69,10 @@ class Meter:
             self._current[name] = self._current[name] + value if name in self._current else value
 
     def end_step(self, requests: Mapping[str, bool]) -> None:
-        """Hand the current step in, and read the one before it (on CPU and MPS: this one).
+        """End the current step, and read the one before it (on CPU and MPS: this one).
 
         Args:
-            requests: what this rank asks all ranks for, such as a checkpoint.
+            requests: by name, whether this rank asks all ranks for it, such as for a checkpoint.
 
         Raises:
             UserError: if a value read is not finite.
@@ -118,7 +118,7 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take_request(self, name: str) -> bool:
-        """Whether a rank made this request in a step read so far; the request is then done with."""
+        """Whether a rank made this request in a step read so far; the request is then removed."""
         asked = name in self._requested
         self._requested.discard(name)
         return asked

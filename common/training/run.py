@@ -15,7 +15,8 @@ from common.runtime import ranks as processes
 from common.runtime.compiler import require_compiler
 from common.runtime.errors import require
 from common.runtime.precision import Precision, autocast
-from common.training.run_folder import REPOSITORY, RunLog
+from common.runtime.repository import REPOSITORY
+from common.training.run_folder import RunLog
 from common.training.settings import check_settings
 from common.training.training import Stateful, Training
 from common.views import Regime, ViewMaker

@@ -2,69 +2,49 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
+import io
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from common.losses.collapse import COLLAPSED_BELOW
 from common.runtime.errors import UserError, require
+from common.runtime.files import write_whole
+from common.runtime.output import say
 from common.runtime.ranks import Ranks
-from common.training.checkpoint import Checkpoints, differences, write_whole
-from common.training.progress import Progress
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on one folder go unnoticed there
-    fcntl = None
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-# Settings that leave the experiment what it is: where and how it runs, what is logged, how far it
-# goes. Any other change is refused when a run is continued.
-MAY_CHANGE = frozenset(
-    {
-        "device",
-        "data_root",
-        "workers",
-        "prefetch",
-        "pin_memory",
-        "compile",
-        "knn_every",
-        "linear_epochs",
-        "max_steps",
-        "checkpoint_minutes",
-        "run_dir",
-        "fresh",
-    }
+from common.training.board import Board
+from common.training.checkpoint import Checkpoints, read_checkpoint, serialise
+from common.training.config_json import (
+    is_empty,
+    read_starts,
+    require_run_or_empty,
+    require_same_settings,
+    write_config,
 )
+from common.training.lock import FolderLock
+from common.training.metrics import Metrics, first_free
+from common.training.progress import Progress
 
 
 class RunLog:
     """The folder of one run; only rank 0 writes.
 
+    If the folder is deleted or renamed during the run, it is made again at the next write.
+
     Args:
-        folder: made where it is missing.
+        folder: made if it does not exist.
         config: the run's settings, plain values.
-        fresh: start anew: `open` moves aside what an earlier run left in the folder.
+        fresh: start a new run: `open` moves an earlier run's folder aside.
         ranks: this process's place.
 
     Raises:
-        UserError: if the folder cannot be written, or another process is at work in it.
+        UserError: if the folder cannot be written, if another process uses it, or, with `fresh`, if
+            it holds anything but a run.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], fresh: bool, ranks: Ranks) -> None:
@@ -73,21 +53,25 @@ class RunLog:
         self.config = dict(config)
         self.fresh = fresh
         self.ranks = ranks
-        self.checkpoints = Checkpoints(folder)
-        self.metrics_path = folder / "metrics.jsonl"
-        self.metrics_bytes = 0
-        self._unwritten: list[str] = []
+        self.checkpoints = Checkpoints(
+            folder, entries={"config": dict, "metrics_bytes": int, "progress": dict}
+        )
+        self.config_path = folder / "config.json"
+        self.metrics = Metrics(folder / "metrics.jsonl", self.tell)
+        self._board = Board(folder / "tensorboard", self.tell)
+        self._saved_rows: str | None = ""  # of the checkpoint; None: it has no copy of them
+        self._waiting: dict[str, memoryview] = {}  # files that a full disk did not take
         self._warned = False
-        self._lock: IO[str] | None = None
-        self._board: SummaryWriter | None = None
+        self._lock: FolderLock | None = None
+        if fresh:
+            require_run_or_empty(folder)
         if ranks.is_main:
             self._lock = self._claim()
         ranks.wait()
 
-    def _claim(self) -> IO[str] | None:
+    def _claim(self) -> FolderLock:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = self._take_lock()
+            lock = FolderLock(self.folder)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
@@ -98,39 +82,25 @@ class RunLog:
         return lock
 
     def _move_aside(self) -> None:
-        if any(path.name != ".lock" for path in self.folder.iterdir()):
-            aside = _first_free(self.folder)
+        if not is_empty(self.folder):
+            aside = first_free(self.folder)
             self.folder.rename(aside)
+            self._lock.release()
             self._lock = self._claim()
-            self.tell(f"The earlier run lies in {aside}.")
-
-    def _take_lock(self) -> IO[str] | None:
-        if fcntl is None:
-            return None
-        lock = (self.folder / ".lock").open("w")
-        try:
-            # Not flock, which loader workers would inherit: they may outlive a killed run.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"another process is at work in {self.folder}; wait for it, or choose another "
-                "--run-dir"
-            ) from None
-        except OSError:
-            return None  # a file system without locks
-        return lock
+            self.tell(f"The earlier run was moved to {aside}.")
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The state to continue from, or None where there is none.
+        """The state to continue from; None: a new run.
 
         Raises:
-            UserError: if no checkpoint can be read, or its settings make another experiment.
+            UserError: if no checkpoint can be read, or its settings are of another experiment.
         """
         if self.fresh:
             return None
+        read_starts(self.config_path)  # refuses the folder of another program
         state = self.checkpoints.load()
         require(
-            self.ranks.agree(state and (state.get("progress"), state.get("metrics_bytes"))),
+            self.ranks.agree(state and (state["progress"], state["metrics_bytes"])),
             f"not every process finds the same checkpoint in {self.folder}; put --run-dir on a "
             "file system that all machines share",
         )
@@ -138,167 +108,162 @@ class RunLog:
             for name in ("best.pt", "backbone.pt"):
                 if (self.folder / name).exists():
                     raise UserError(
-                        f"{self.folder} holds {name} but no checkpoint to continue from; choose "
-                        "another --run-dir, or start anew with --fresh (nothing is deleted)"
+                        f"{self.folder} has {name} but no checkpoint to continue from; choose "
+                        "another --run-dir, or start a new run with --fresh (nothing is deleted)"
                     )
             return None
-        if not {"config", "metrics_bytes"} <= state.keys():
-            raise UserError(
-                f"{self.checkpoints.last} is no checkpoint of a run; choose another --run-dir, or "
-                "start anew with --fresh (nothing is deleted)"
-            )
-        saved, wanted = (
-            {name: value for name, value in config.items() if name not in MAY_CHANGE}
-            for config in (state["config"], self.config)
-        )
-        changed = differences(saved, wanted)
-        if changed:
-            raise UserError(
-                f"{self.folder} holds a run with other settings: {changed}. Repeat its "
-                "settings to continue it, choose another --run-dir, or start anew with --fresh "
-                "(nothing is deleted)"
-            )
+        require_same_settings(state["config"], self.config, self.folder)
+        rows = state.get("metrics")
+        self._saved_rows = rows if isinstance(rows, str) else None
+        self._check_best(state["progress"])
         return state
 
+    def _check_best(self, progress: dict[str, Any]) -> None:
+        """Let the best accuracy be the one that best.pt has, so that a better one replaces it."""
+        known = progress.get("best_knn")
+        if known is None:
+            return
+        path = self.folder / "best.pt"
+        try:
+            written = read_checkpoint(path).get("knn")
+            require(isinstance(written, float), f"{path} has no accuracy 'knn'")
+            progress["best_knn"] = min(known, written)
+        except UserError as error:
+            progress["best_knn"] = None
+            self.tell(f"warning: {error}; the next evaluation of kNN writes a new best.pt")
+
     def open(self, metrics_bytes: int, next_epoch: int) -> None:
-        """Start logging where the checkpoint left off.
+        """Start logging where the checkpoint ends.
 
         Args:
-            metrics_bytes: length that metrics.jsonl is cut back to.
-            next_epoch: TensorBoard forgets events of this epoch and later ones.
+            metrics_bytes: size of the checkpoint's rows of metrics.jsonl; 0: none.
+            next_epoch: TensorBoard's events of this epoch and of later ones are invalidated.
         """
         if not self.ranks.is_main:
             return
         try:
             if self.fresh:
                 self._move_aside()
-            self._write_config()
-            with self.metrics_path.open("a") as file:
-                self.metrics_bytes = min(metrics_bytes, self.metrics_path.stat().st_size)
-                file.truncate(self.metrics_bytes)
-            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=next_epoch)
+            is_damaged = self.config_path.exists() and read_starts(self.config_path) is None
+            write_config(self.config_path, self.config, self.ranks)
+            if is_damaged:
+                self.tell(f"warning: {self.config_path} was damaged; earlier starts are lost")
+            self.metrics.start(self._saved_rows if metrics_bytes else "", metrics_bytes)
+            self._board.start(self.metrics.rows(), next_epoch)
         except OSError as error:
             raise UserError(
                 f"{self.folder} cannot be written ({error}); make room, or choose another --run-dir"
             ) from error
 
-    def _write_config(self) -> None:
-        path = self.folder / "config.json"
-        starts = []
-        with suppress(OSError, ValueError, KeyError):
-            starts = json.loads(path.read_text())["starts"] if self.metrics_path.exists() else []
-        starts.append(
-            {
-                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "git_commit": _git_commit(),
-                "device": _device_name(self.ranks),
-                "processes": self.ranks.world_size,
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "torchvision": torchvision.__version__,
-                    "numpy": np.__version__,
-                },
-            }
-        )
-        text = json.dumps({"config": self.config, "starts": starts}, indent=2)
-        beside = path.with_name("config.json.partial")
-        beside.write_text(text + "\n")
-        beside.replace(path)
+    def _ensure_folder(self) -> None:
+        """Make the folder again if it was deleted or renamed.
+
+        Raises:
+            UserError: if that fails, or another run's folder has taken its name.
+        """
+        if self._lock is None or self._lock.is_folder_there():
+            return
+        before, self._lock = self._lock, self._claim()
+        if self.config_path.exists():
+            require(
+                before.is_same_folder(),
+                f"{self.folder} was renamed during the run, and another run's folder has its name "
+                "now; rename that one, rename this run's folder back, and the same command "
+                "continues the run",
+            )
+        else:
+            self.tell(
+                f"warning: {self.folder} was deleted or renamed during the run; it was made again, "
+                "without the files written before"
+            )
+            write_config(self.config_path, self.config, self.ranks)
+            self.metrics.flush()
+            self._board.close()
+            self._board.start(self.metrics.rows(), 0)
+        before.release()
 
     def write(self, epoch: int, row: Mapping[str, float]) -> None:
         """Append a row to metrics.jsonl, and its numbers to TensorBoard at `epoch`.
 
-        Where the disk is full the row is kept and written with the next one or checkpoint.
+        If the disk is full, the row is kept and written with the next one or the next checkpoint.
         """
         if not self.ranks.is_main:
             return
-        self._unwritten.append(json.dumps({"epoch": epoch, **row}) + "\n")
+        row = {"epoch": epoch, **row}
+        self.metrics.append(row)
         try:
-            self._write_rows()
+            self._ensure_folder()
+            self.metrics.flush()
         except OSError as error:
             self.tell(
-                f"warning: {self.metrics_path} cannot be written now ({error}); kept for later"
+                f"warning: {self.metrics.path} cannot be written now ({error}); its rows are "
+                "written later"
             )
-        if self._board is None:
-            return
-        try:
-            for name, value in row.items():
-                self._board.add_scalar(f"epoch/{name}", value, epoch)  # one group, x the epoch
-            self._board.flush()
-        except OSError as error:
-            self.tell(
-                f"warning: TensorBoard's events cannot be written ({error}); off from here on"
-            )
-            self._board = None
-
-    def _write_rows(self) -> None:
-        """Write what is unwritten, whole, or raise OSError."""
-        if not self._unwritten:
-            return
-        with self.metrics_path.open("a") as file:
-            file.truncate(self.metrics_bytes)  # a row that a full disk cut short
-            file.write("".join(self._unwritten))
-            file.flush()
-            os.fsync(file.fileno())
-        self.metrics_bytes = self.metrics_path.stat().st_size
-        self._unwritten.clear()
+        self._board.add(row)
 
     def picture(self, picture: Image.Image) -> None:
         """Save the picture of the views as views.png, and show it in TensorBoard."""
-        if not self.ranks.is_main or self._board is None:
+        if not self.ranks.is_main:
             return
-        try:
-            picture.save(self.folder / "views.png")
-            self._board.add_image("views", np.asarray(picture), 0, dataformats="HWC")
-            self._board.flush()
-        except OSError as error:
-            self.tell(f"warning: views.png cannot be written ({error})")
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        self._guard("views.png", lambda path: write_whole(path, content.getbuffer()), must=False)
+        self._board.picture(picture)
 
     def save(self, state: Mapping[str, Any], *, must: bool = False) -> None:
-        """Write a checkpoint of `state`, to which settings and the length of the log are added.
+        """Write a checkpoint of `state`, with the settings and the rows of the metrics added.
 
         Args:
-            must: raise where it cannot be written, instead of warning and trusting to the next.
+            must: raise if it cannot be written, instead of a warning.
 
         Raises:
             UserError: with `must`, if the disk is full.
         """
 
-        def write() -> None:
-            self._write_rows()
-            self.checkpoints.save(
-                {**state, "config": self.config, "metrics_bytes": self.metrics_bytes}
-            )
+        def write(path: Path) -> None:
+            metrics = {"metrics": self.metrics.text, "metrics_bytes": self.metrics.size}
+            self.checkpoints.save({**state, "config": self.config, **metrics})
+            self.metrics.flush()
 
-        self._guard(self.checkpoints.last, write, must)
+        if self._guard(self.checkpoints.last.name, write, must):
+            for name, content in list(self._waiting.items()):
+                self._write_file(name, content, must=False)
 
     def save_file(self, name: str, state: Mapping[str, Any], *, must: bool = False) -> None:
         """Write another file of tensors into the folder, on the CPU, so that it loads anywhere.
 
-        Arguments as in `save`.
+        If the disk is full, the file is written with a later checkpoint. Arguments as in `save`.
         """
-        path = self.folder / name
-        self._guard(path, lambda: write_whole(path, _on_cpu(state)), must)
+        if self.ranks.is_main:
+            self._write_file(name, serialise(_on_cpu(state)), must)
 
-    def _guard(self, path: Path, write: Callable[[], None], must: bool) -> None:
+    def _write_file(self, name: str, content: memoryview, must: bool) -> None:
+        self._waiting[name] = content
+        if self._guard(name, lambda path: write_whole(path, content), must):
+            del self._waiting[name]
+
+    def _guard(self, name: str, write: Callable[[Path], None], must: bool) -> bool:
+        """Write a file of the folder; whether that succeeded."""
         if not self.ranks.is_main:
-            return
+            return False
+        path = self.folder / name
         try:
-            write()
+            self._ensure_folder()
+            write(path)
         except OSError as error:
-            problem = f"{path} cannot be written ({error}); the one before it stands"
+            problem = f"{path} cannot be written ({error}); the one before it is kept"
             if must:
                 raise UserError(
                     f"{problem}: make room, then the same command continues from there"
                 ) from error
-            self.tell(f"warning: {problem}, the next may go through")
+            self.tell(f"warning: {problem}, and it is tried again with the next checkpoint")
+            return False
+        return True
 
     def tell(self, message: str) -> None:
-        """Print a line, above the progress bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self.ranks.is_main:
-            tqdm.write(message)
-            sys.stdout.flush()
+            say(message)
 
     def tell_epoch(self, epoch: int, epochs: int, row: Mapping[str, float]) -> None:
         """Print an epoch's row; warn once if the representation has collapsed."""
@@ -312,7 +277,7 @@ class RunLog:
             )
 
     def tell_result(self, progress: Progress, linear: float | None) -> None:
-        """Print what came out of the run and where it lies."""
+        """Print the accuracies in percent, and which files the run has written."""
         if progress.knn is not None and progress.untrained_knn is not None:
             self.tell(f"kNN accuracy     {progress.knn:.2f} %")
             self.tell(f"  untrained      {progress.untrained_knn:.2f} %")
@@ -322,15 +287,13 @@ class RunLog:
         board = f"{sys.executable} -m tensorboard.main --logdir {self.folder}"
         self.tell(f"TensorBoard      {board}")
         self.tell(f"weights          {self.folder / 'backbone.pt'}")
-        self.tell(f"metrics          {self.metrics_path}")
+        self.tell(f"metrics          {self.metrics.path}")
 
     def close(self) -> None:
-        """Close TensorBoard's files and let other processes into the folder."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        """Close TensorBoard's files and let other processes use the folder."""
+        self._board.close()
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
 
@@ -338,26 +301,3 @@ def _on_cpu(state: Any) -> Any:
     if isinstance(state, Mapping):
         return {name: _on_cpu(value) for name, value in state.items()}
     return state.cpu() if isinstance(state, torch.Tensor) else state
-
-
-def _first_free(folder: Path) -> Path:
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return aside
-
-
-def _git_commit() -> str | None:
-    """The checkout's commit, "-dirty" behind it where files differ; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _device_name(ranks: Ranks) -> str:
-    if ranks.device.type == "cuda":
-        return torch.cuda.get_device_name(ranks.device)
-    return f"{ranks.device.type} ({platform.machine()}, {os.cpu_count()} cores)"

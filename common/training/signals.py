@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a wish to stop, granted where nothing is half done."""
+"""Signals become a request to stop, which is carried out between two steps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from types import FrameType
 from common.runtime.errors import StopRequested
 from common.runtime.ranks import Ranks
 
+# Of Ctrl-C, `kill`, a terminal that was closed, Ctrl-\ and clusters that take a machine back.
+# Windows has only the first two.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+
 
 class StopFlag:
-    """Set by SIGINT and SIGTERM, which no longer end the process by themselves.
+    """Set by any of `STOP_SIGNALS`, which no longer end the process by themselves.
 
-    Alone at a terminal, a second Ctrl-C interrupts at once. Under torchrun signals come twice by
-    design (from the terminal and from the launcher), so there they only set the flag.
+    A process alone at a terminal is interrupted at once by a second Ctrl-C. Under torchrun each
+    signal comes twice, from the terminal and from the launcher, so there they only set the flag.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        for number in STOP_SIGNALS:
+            # nohup lets a process ignore SIGHUP. SIGINT is ignored in every shell script's `&`.
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -30,7 +37,7 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether this process has been signalled."""
+        """Whether this process has received a signal."""
         return self.signal is not None
 
     @property
@@ -39,6 +46,6 @@ class StopFlag:
         return 128 + (self.signal or signal.SIGTERM)
 
     def check(self) -> None:
-        """Raise `StopRequested` on every rank if any has been signalled."""
+        """Raise `StopRequested` on every rank if any has received a signal."""
         if self.ranks.any(self.requested):
             raise StopRequested(self.exit_status)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 
 from common.augment.cifar10 import IMAGE_SIZE, centre_view, normalised
 from common.data.in_memory import load_images
 from common.evaluation.knn import knn_predict
-from common.runtime.errors import require, run_script
+from common.runtime.errors import require
 from common.runtime.ranks import Ranks
-from common.training.run_folder import REPOSITORY
+from common.runtime.repository import REPOSITORY
+from common.runtime.script import run_script
 
 
 @dataclass(frozen=True)
@@ -43,4 +43,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Config, description=__doc__))
+    run_script(main, Config, __doc__)

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from common.runtime.errors import UserError
-from common.training.checkpoint import Checkpoints, read_checkpoint, write_whole
+from common.runtime.files import write_whole
+from common.training.checkpoint import Checkpoints, read_checkpoint, serialise
 from processes import files, forking, in_child, limit_files_to
 
 torch.set_num_threads(1)
@@ -111,7 +112,7 @@ def test_a_new_one_is_on_the_disk_before_it_takes_the_name(
 ) -> None:
     """Without the fsync a power cut could leave the new name on an empty file."""
     path = tmp_path / "last.pt"
-    write_whole(path, state_of(1))
+    write_whole(path, serialise(state_of(1)))
     really_sync = os.fsync
     synced: list[int] = []
 
@@ -128,7 +129,7 @@ def test_a_new_one_is_on_the_disk_before_it_takes_the_name(
         synced.append(status.st_ino)
 
     monkeypatch.setattr(os, "fsync", sync)
-    write_whole(path, state_of(2))
+    write_whole(path, serialise(state_of(2)))
     assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]
     assert files(tmp_path) == ["last.pt"]
 
@@ -290,7 +291,7 @@ def flipped_states(path: Path, places: list[tuple[int, int]]) -> list[tuple[int,
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    write_whole(path, state_of(3, elements=20))
+    write_whole(path, serialise(state_of(3, elements=20)))
     chance = random.Random(0)
     size = path.stat().st_size
     places = [(chance.randrange(size), chance.randrange(8)) for _ in range(300)]
@@ -300,7 +301,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
 def test_a_tensor_that_becomes_a_folder_is_noticed(tmp_path: Path) -> None:
     """The one bit of a tensor's entry that no checksum covers: its DOS attribute "directory"."""
     path = tmp_path / "last.pt"
-    write_whole(path, state_of(3, elements=20))
+    write_whole(path, serialise(state_of(3, elements=20)))
     content = path.read_bytes()
     name = content.rindex(b"data/0")  # the central directory stands at the file's end
     entry = content.rindex(b"PK\x01\x02", 0, name)
@@ -383,12 +384,12 @@ def test_a_disk_that_stays_full_collects_no_litter(tmp_path: Path) -> None:
 
 
 def test_room_for_exactly_one_is_enough(tmp_path: Path) -> None:
-    write_whole(tmp_path / "last.pt", state_of(1))
+    write_whole(tmp_path / "last.pt", serialise(state_of(1)))
     size = (tmp_path / "last.pt").stat().st_size
 
     def save() -> None:
         limit_files_to(size)
-        write_whole(tmp_path / "last.pt", state_of(2))
+        write_whole(tmp_path / "last.pt", serialise(state_of(2)))
 
     in_child(save)
     assert_is(read_checkpoint(tmp_path / "last.pt"), 2)
@@ -407,4 +408,4 @@ def test_a_full_disk_at_the_very_first_one(tmp_path: Path) -> None:
 
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        write_whole(tmp_path / "missing" / "last.pt", state_of(1))
+        write_whole(tmp_path / "missing" / "last.pt", serialise(state_of(1)))

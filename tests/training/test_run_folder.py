@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 import zlib
@@ -23,12 +24,13 @@ import torchvision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.runtime import repository
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
-from common.training import run_folder as run_log
 from common.training.checkpoint import read_checkpoint
+from common.training.config_json import MAY_CHANGE
 from common.training.progress import Progress
-from common.training.run_folder import MAY_CHANGE, RunLog
+from common.training.run_folder import RunLog
 from processes import files, forking, in_child, limit_files_to
 from simsiam_cifar10.run import Config
 
@@ -47,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave this repository's git alone; `checkout` makes one of its own."""
-    monkeypatch.setattr(run_log, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(repository, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
 
@@ -60,6 +62,11 @@ def open_log(
     folder: Path, config: Mapping[str, Any] | None = None, fresh: bool = False, ranks: Ranks = ALONE
 ) -> RunLog:
     return RunLog(folder, SETTINGS if config is None else config, fresh, ranks)
+
+
+def at(epoch: int) -> dict[str, Any]:
+    """The least that a run saves."""
+    return {"progress": {"epoch": epoch}}
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -88,11 +95,11 @@ def run_epochs(
     """A process that continues the run through some epochs and ends without a word."""
     log = open_log(folder)
     saved = log.load_checkpoint()
-    log.open(saved["metrics_bytes"] if saved else 0, saved["next"] if saved else 0)
+    log.open(saved["metrics_bytes"] if saved else 0, saved["progress"]["epoch"] if saved else 0)
     for epoch in epochs:
         log.write(epoch, {"loss": values + epoch})
         if epoch == checkpoint_after:
-            log.save({"next": epoch + 1})
+            log.save(at(epoch + 1))
 
 
 def wait_for_the_next_second() -> None:
@@ -131,35 +138,32 @@ def test_metrics_are_cut_to_the_checkpoints_length_to_the_byte(folder: Path) -> 
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"epoch": 3, "lo')  # the process was killed in the middle of a row
     log = open_log(folder)
+    log.load_checkpoint()
     log.open(len(first_row), 2)
     assert (folder / "metrics.jsonl").read_bytes() == first_row
     log.write(2, {"loss": 1.0})
     assert (folder / "metrics.jsonl").read_bytes() == first_row + b'{"epoch": 2, "loss": 1.0}\n'
 
 
-def test_lost_metrics_do_not_come_back_as_zeros(folder: Path) -> None:
-    """Cutting a file to more than its length would fill it up with zero bytes."""
-    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
-    (folder / "metrics.jsonl").unlink()
-    run_epochs(folder, range(3, 4), values=0.5)
-    assert rows_of(folder) == [{"epoch": 3, "loss": 3.5}]
-
-
 def test_a_checkpoint_holds_state_settings_and_the_log_s_length(folder: Path) -> None:
     log = open_log(folder)
     log.open(0, 0)
     log.write(1, {"loss": 0.5})
-    log.save({"model": {"weight": torch.arange(3)}})
+    log.save({**at(2), "model": {"weight": torch.arange(3)}})
     log.write(2, {"loss": 0.25})
-    log.save({"model": {"weight": torch.arange(4)}})
+    log.save({**at(3), "model": {"weight": torch.arange(4)}})
     log.save_file("best.pt", {"knn": 12.5})
-    both = len('{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": 0.25}\n')
-    for name, length, size in (("last.pt", 4, both), ("previous.pt", 3, 26)):
+    one, both = (
+        '{"epoch": 1, "loss": 0.5}\n',
+        '{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": 0.25}\n',
+    )
+    for name, length, rows in (("last.pt", 4, both), ("previous.pt", 3, one)):
         state = read_checkpoint(folder / name)
-        assert state.keys() == {"model", "config", "metrics_bytes"}
+        assert state.keys() == {"progress", "model", "config", "metrics_bytes", "metrics"}
         assert torch.equal(state["model"]["weight"], torch.arange(length))
         assert state["config"] == SETTINGS
-        assert state["metrics_bytes"] == size
+        assert state["metrics"] == rows
+        assert state["metrics_bytes"] == len(rows)
     assert read_checkpoint(folder / "best.pt") == {"knn": 12.5}
 
 
@@ -180,13 +184,13 @@ def test_other_ranks_write_nothing(
     main = open_log(folder)
     main.open(0, 0)
     main.write(1, {"loss": 1.5})
-    main.save({"next": 2})
+    main.save(at(2))
     before = contents(folder)
     log = open_log(folder, ranks=NOT_MAIN)
-    assert log.load_checkpoint()["next"] == 2  # reading is every rank's
+    assert log.load_checkpoint()["progress"]["epoch"] == 2  # reading is every rank's
     log.open(0, 0)
     log.write(1, {"loss": 0.5})
-    log.save({"next": 1}, must=True)
+    log.save(at(1), must=True)
     log.save_file("best.pt", {}, must=True)
     log.picture(Image.new("RGB", (2, 2)))
     log.tell("nothing")
@@ -224,7 +228,7 @@ def refusal(folder: Path, config: Mapping[str, Any]) -> str | None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_changed_setting(name: str, folder: Path) -> None:
     """Where and how it runs, what is logged and how far it goes may change; nothing else."""
-    open_log(folder).save({"next": 3})
+    open_log(folder).save(at(3))
     value = SETTINGS[name]
     message = refusal(folder, {**SETTINGS, name: changed(value)})
     if name in {
@@ -248,17 +252,17 @@ def test_a_changed_setting(name: str, folder: Path) -> None:
 
 
 def test_every_changed_setting_is_named(folder: Path) -> None:
-    open_log(folder).save({})
+    open_log(folder).save(at(1))
     message = refusal(folder, {**SETTINGS, "seed": 5, "epochs": 200, "device": "cuda"})
     assert "settings: epochs was 800, now 200; seed was 0, now 5. " in message
     older = {name: value for name, value in SETTINGS.items() if name != "reverse_weight"}
-    assert "settings: reverse_weight was 0.1, now None. " in refusal(folder, older)
+    assert "settings: it has the settings reverse_weight. " in refusal(folder, older)
 
 
 def test_the_same_settings_continue(folder: Path) -> None:
     assert open_log(folder).load_checkpoint() is None
-    open_log(folder).save({"next": 3})
-    assert open_log(folder).load_checkpoint()["next"] == 3
+    open_log(folder).save(at(3))
+    assert open_log(folder).load_checkpoint()["progress"]["epoch"] == 3
 
 
 def test_another_number_of_images_is_refused() -> None:
@@ -297,11 +301,14 @@ def test_config_json_keeps_the_starts_and_the_latest_settings(folder: Path) -> N
     assert written["config"] == {**SETTINGS, "knn_every": 5}
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"config": {}}'])
-def test_a_broken_config_json_is_written_anew(content: str, folder: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_damaged_config_json_is_written_again(
+    content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     open_log(folder).open(0, 0)
-    (folder / "config.json").write_text(content)
+    (folder / "config.json").write_bytes(content)
     open_log(folder).open(0, 0)
+    assert "config.json was damaged; earlier starts are lost" in capsys.readouterr().out
     written = json.loads((folder / "config.json").read_text())
     assert written["config"] == SETTINGS
     assert len(written["starts"]) == 1
@@ -354,7 +361,7 @@ def test_fresh_moves_aside_and_deletes_nothing(
     assert contents(folder) == first, "nothing moves before the run is sure to start"
     capsys.readouterr()
     log.open(0, 0)
-    assert capsys.readouterr().out == f"The earlier run lies in {folder}.1.\n"
+    assert capsys.readouterr().out == f"The earlier run was moved to {folder}.1.\n"
     assert contents(folder.parent / "a run.1") == first
     log.close()
     second = contents(folder)
@@ -375,7 +382,7 @@ def test_fresh_moves_aside_and_deletes_nothing(
 def test_a_folder_whose_checkpoints_were_deleted_is_not_overwritten(folder: Path) -> None:
     run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
     (folder / "last.pt").rename(folder / "backbone.pt")
-    with pytest.raises(UserError, match=r"holds backbone\.pt but no checkpoint.*--fresh"):
+    with pytest.raises(UserError, match=r"has backbone\.pt but no checkpoint.*--fresh"):
         open_log(folder).load_checkpoint()
 
 
@@ -386,7 +393,7 @@ def test_another_process_is_refused_until_the_first_is_gone(
     context = forking()
     receiving, sending = context.Pipe(duplex=False)
     folder.mkdir(parents=True)
-    (folder / "note.txt").write_text("of the earlier run")
+    (folder / "config.json").write_text('{"config": {}, "starts": []}')
 
     def hold() -> None:
         log = open_log(folder, fresh=fresh_before)
@@ -400,7 +407,7 @@ def test_another_process_is_refused_until_the_first_is_gone(
         assert receiving.poll(60)
         before = files(folder)
         for fresh in (False, True):
-            with pytest.raises(UserError, match="another process is at work in") as raised:
+            with pytest.raises(UserError, match="another process is using") as raised:
                 open_log(folder, fresh=fresh)
             assert str(folder) in str(raised.value)
             assert "--run-dir" in str(raised.value)
@@ -460,17 +467,15 @@ def test_rows_wait_for_room(folder: Path) -> None:
 
     def run_out_of_room() -> tuple[bytes, list[str]]:
         log = open_log(folder)
-        told: list[str] = []
-        log.tell = told.append
         log.open(0, 0)
         log.write(1, {"loss": 0.5})
-        limit_files_to(log.metrics_bytes + 5)
+        limit_files_to(log.metrics.size + 5)
         log.write(2, {"loss": 0.25})
         log.write(3, {"loss": 0.125})
-        while_full = log.metrics_path.read_bytes()
+        while_full = log.metrics.path.read_bytes()
         limit_files_to(None)
         log.write(4, {"loss": 1.0})
-        return while_full, told
+        return while_full, sys.stdout.getvalue().splitlines()
 
     while_full, told = in_child(run_out_of_room)
     assert while_full.startswith(b'{"epoch": 1, "loss": 0.5}\n')
@@ -488,10 +493,10 @@ def test_rows_that_waited_come_with_the_checkpoint(folder: Path) -> None:
         log = open_log(folder)
         log.open(0, 0)
         log.write(1, {"loss": 0.5})
-        limit_files_to(log.metrics_bytes)
+        limit_files_to(log.metrics.size)
         log.write(2, {"loss": 0.25})
         limit_files_to(None)
-        log.save({})
+        log.save(at(1))
 
     in_child(run_out_of_room)
     assert [row["epoch"] for row in rows_of(folder)] == [1, 2]
@@ -507,15 +512,15 @@ def test_a_checkpoint_on_a_full_disk(folder: Path) -> None:
         told: list[str] = []
         log.tell = told.append
         log.open(0, 0)
-        log.save({"next": 1})
-        log.save_file("best.pt", {"next": 1})
+        log.save(at(1))
+        log.save_file("best.pt", at(1))
         limit_files_to(500)
-        log.save({"next": 2})
-        log.save_file("best.pt", {"next": 2})
+        log.save(at(2))
+        log.save_file("best.pt", at(2))
         with pytest.raises(UserError) as raised:
-            log.save({"next": 3}, must=True)
+            log.save(at(3), must=True)
         with pytest.raises(UserError, match="make room"):
-            log.save_file("best.pt", {"next": 3}, must=True)
+            log.save_file("best.pt", at(3), must=True)
         return told, str(raised.value)
 
     (last, best), error = in_child(run_out_of_room)
@@ -523,8 +528,8 @@ def test_a_checkpoint_on_a_full_disk(folder: Path) -> None:
     assert best.startswith(f"warning: {folder / 'best.pt'} cannot be written")
     assert error.startswith(f"{folder / 'last.pt'} cannot be written")
     assert "make room" in error
-    assert open_log(folder).load_checkpoint()["next"] == 1
-    assert read_checkpoint(folder / "best.pt") == {"next": 1}
+    assert open_log(folder).load_checkpoint()["progress"]["epoch"] == 1
+    assert read_checkpoint(folder / "best.pt") == at(1)
 
 
 # ---------------------------------------------------------------- what is told

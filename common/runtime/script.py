@@ -1,0 +1,59 @@
+"""How a script starts and ends: its command line, its errors, its exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from common.runtime.errors import StopRequested, UserError
+from common.runtime.output import close_bars, protect_output
+from common.runtime.repository import require_own_code
+
+ConfigType = TypeVar("ConfigType")
+
+
+def run_script(
+    main: Callable[[ConfigType], None], config_type: type[ConfigType], description: str | None
+) -> None:
+    """Read the command line into a `config_type` and call `main` with it.
+
+    A `UserError` ends the process with one line on standard error and status 1, a stop request
+    with 128 plus the signal's number.
+
+    Args:
+        config_type: a dataclass of plain values; texts that begin with ~ become paths.
+        description: what `--help` prints first.
+    """
+    protect_output()
+    try:
+        require_own_code(Path(sys.modules["__main__"].__file__))
+        config = tyro.cli(config_type, description=description)
+        try:
+            main(_expand_home(config))
+        finally:
+            close_bars()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except StopRequested as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        sys.exit(stop.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _expand_home(config: ConfigType) -> ConfigType:
+    """Replace a leading ~, which shells leave as it is in `--run-dir=~/x`."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    expanded = {
+        name: str(Path(value).expanduser())
+        for name, value in values.items()
+        if isinstance(value, str) and value.partition("/")[0] == "~"
+    }
+    return replace(config, **expanded)

@@ -1,0 +1,84 @@
+"""What TensorBoard shows of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Board:
+    """TensorBoard's event files: the numbers of each row over the epochs, and a picture.
+
+    When they cannot be written, this is told once and the run goes on without them.
+
+    Args:
+        folder: of the event files.
+        tell: prints a line.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.tell = tell
+        self._writer: SummaryWriter | None = None
+
+    def start(self, rows: Sequence[Mapping[str, Any]], next_epoch: int) -> None:
+        """Begin a new event file, so that exactly these rows are shown.
+
+        The events of `next_epoch` and of later ones, which came after the checkpoint, are
+        invalidated. An event of the last row's epoch may have come after it too: that epoch is
+        invalidated and written again.
+
+        Args:
+            rows: of the checkpoint.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        first = next_epoch
+        if rows:
+            # Never epoch 0, which has the picture: its row is always older than the checkpoint's.
+            first = min(first, max(1, rows[-1]["epoch"]))
+        if not self.folder.exists():
+            first = 0
+        self._writer = SummaryWriter(self.folder, purge_step=first)
+        for row in rows:
+            if row["epoch"] >= first:
+                self.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Show a row's numbers at its epoch."""
+        self._write(
+            lambda writer: [
+                writer.add_scalar(f"epoch/{name}", value, row["epoch"])  # one group
+                for name, value in row.items()
+                if name != "epoch"
+            ]
+        )
+
+    def picture(self, picture: Image.Image) -> None:
+        """Show the picture of the views."""
+        pixels = np.asarray(picture)
+        self._write(lambda writer: writer.add_image("views", pixels, 0, dataformats="HWC"))
+
+    def _write(self, add: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            add(self._writer)
+            self._writer.flush()
+        except OSError as error:
+            self.tell(f"warning: TensorBoard's events cannot be written ({error}): no more of them")
+            self._writer = None
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer = None

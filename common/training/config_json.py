@@ -1,0 +1,141 @@
+"""A run's settings, and `config.json`, which has them and tells for each start what ran where."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from common.runtime.errors import UserError, require
+from common.runtime.files import write_whole
+from common.runtime.ranks import Ranks
+from common.runtime.repository import git_commit
+from common.training.checkpoint import differences
+from common.training.lock import NAME as LOCK_NAME
+
+# Settings that do not change the experiment: where and how it runs, what is logged, how long it
+# runs. A run is not continued with any other setting changed.
+MAY_CHANGE = frozenset(
+    {
+        "device",
+        "data_root",
+        "workers",
+        "prefetch",
+        "pin_memory",
+        "compile",
+        "knn_every",
+        "linear_epochs",
+        "max_steps",
+        "checkpoint_minutes",
+        "run_dir",
+        "fresh",
+    }
+)
+
+
+def require_same_settings(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse to continue a run as another experiment.
+
+    Args:
+        saved: the run's settings.
+        wanted: the settings now.
+        folder: of the run, for the message.
+
+    Raises:
+        UserError: naming each setting that differs and is not in `MAY_CHANGE`.
+    """
+    changed = differences(
+        *(
+            {name: value for name, value in config.items() if name not in MAY_CHANGE}
+            for config in (saved, wanted)
+        )
+    )
+    require(
+        not changed,
+        f"{folder} holds a run with other settings: {changed}. Repeat its settings to continue "
+        "it, choose another --run-dir, or start a new run with --fresh (nothing is deleted)",
+    )
+
+
+def read_starts(path: Path) -> list[dict[str, Any]] | None:
+    """What a run's config.json tells of its earlier starts; None: no file, or not readable.
+
+    Raises:
+        UserError: if the file is valid but not of a run; what is missing in it is named.
+    """
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if content is None:
+        return None
+    for name, kind in (("config", dict), ("starts", list)):
+        value = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(value, kind):
+            raise UserError(
+                f"{path} is not of a run of this repository: it has no {kind.__name__} {name!r}; "
+                "choose another --run-dir"
+            )
+    return content["starts"]
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but a run's lock."""
+    return all(path.name == LOCK_NAME for path in folder.iterdir())
+
+
+def require_run_or_empty(folder: Path) -> None:
+    """Refuse to move aside what is not a run's folder, such as the data set.
+
+    Raises:
+        UserError: if the folder has anything but a run in it.
+    """
+    if not folder.is_dir() or is_empty(folder):
+        return
+    names = {path.name for path in folder.iterdir()}
+    is_run = read_starts(folder / "config.json") is not None
+    require(
+        is_run or {"metrics.jsonl", "tensorboard"} <= names,
+        f"{folder} is not a run's folder (it has no config.json), so --fresh does not move it "
+        "aside; choose another --run-dir",
+    )
+
+
+def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write the settings, and add this start to the earlier ones.
+
+    Raises:
+        OSError: if it cannot be written.
+        UserError: as `read_starts`.
+    """
+    start = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "device": _device_name(ranks),
+        "processes": ranks.world_size,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    starts = [*(read_starts(path) or []), start]
+    text = json.dumps({"config": dict(config), "starts": starts}, indent=2)
+    write_whole(path, (text + "\n").encode())
+
+
+def _device_name(ranks: Ranks) -> str:
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_name(ranks.device)
+    return f"{ranks.device.type} ({platform.machine()}, {os.cpu_count()} cores)"

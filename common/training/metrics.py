@@ -1,0 +1,132 @@
+"""`metrics.jsonl`: the rows of a run, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.runtime.files import write_whole
+
+
+class Metrics:
+    """The rows of a run, in a file and in memory.
+
+    Before each write the file is compared with the rows in memory: a file that was deleted, moved,
+    shortened or changed meanwhile is written again as a whole, with a warning.
+
+    Args:
+        path: of the file.
+        tell: prints a line.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self.path = path
+        self.tell = tell
+        self.text = ""
+        self._written = 0  # bytes of the text that were written to the file
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return len(self.text.encode())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, in the order in which they were appended."""
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    def start(self, saved: str | None, size: int) -> None:
+        """Take over the rows of a checkpoint; rows that came after it are removed from the file.
+
+        Args:
+            saved: the rows' text; None in checkpoints of older versions, which know only its size.
+            size: in bytes.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        self.text = self._readable(size) if saved is None else saved
+        self._written = self.size
+        self.flush()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; `flush` writes it."""
+        self.text += json.dumps(dict(row)) + "\n"
+
+    def flush(self) -> None:
+        """Write the rows that are not in the file.
+
+        Raises:
+            OSError: if they cannot be written; a later `flush` writes them.
+        """
+        content = self.text.encode()
+        expected, found = content[: self._written], self._read()
+        if found is not None and found.startswith(expected):
+            with self.path.open("r+b") as file:
+                file.truncate(self._written)  # a row that a full disk or a kill cut short
+                file.seek(self._written)
+                file.write(content[self._written :])
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            moved = self._move_aside(found, content)
+            write_whole(self.path, content)
+            if expected:
+                self.tell(
+                    f"warning: {self.path} {_damage(found, expected)}; its {len(self.rows())} rows "
+                    f"were written again{moved}"
+                )
+        self._written = len(content)
+
+    def _read(self) -> bytes | None:
+        """What the file holds; None: there is no regular file of this name."""
+        is_file = self.path.is_file() and not self.path.is_symlink()
+        return self.path.read_bytes() if is_file else None
+
+    def _move_aside(self, found: bytes | None, content: bytes) -> str:
+        """Keep the file if it holds anything that the rows do not."""
+        if not found or content.startswith(found):
+            return ""
+        aside = first_free(self.path)
+        self.path.replace(aside)
+        return f", and what it held was moved to {aside.name}"
+
+    def _readable(self, size: int) -> str:
+        """The rows in the first `size` bytes of the file, without damaged lines."""
+        content = self._read() or b""
+        rows = [line for line in content[:size].splitlines(keepends=True) if _is_row(line)]
+        kept = b"".join(rows)
+        if len(kept) != size:
+            self.tell(
+                f"warning: {self.path} has {len(kept)} readable bytes of rows where the checkpoint "
+                f"counts {size}: rows are missing, and this checkpoint has no copy of them"
+            )
+        return kept.decode()
+
+
+def _damage(found: bytes | None, expected: bytes) -> str:
+    if found is None:
+        return "was deleted or is not a regular file"
+    if expected.startswith(found):
+        return f"was cut from {len(expected)} to {len(found)} bytes"
+    pairs = zip(found.splitlines(), expected.splitlines(), strict=False)
+    lines = [number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs]
+    return f"was changed{f' in line {lines[0]}' if lines else ''}"
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and isinstance(row.get("epoch"), int) and line.endswith(b"\n")
+
+
+def first_free(path: Path) -> Path:
+    """`path` with the lowest number appended that no file or folder has: `x.1`, `x.2`, …"""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return free
