@@ -46,6 +46,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is missing, damaged or holds anything else; it is named.
     """
+    return _require_names(_read(path), path)
+
+
+def _read(path: Path) -> object:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if not path.is_file():
@@ -55,14 +59,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             is_old_format = file.read(len(OLD_FORMAT)) == OLD_FORMAT
         if not is_old_format:
             _verify_checksums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path} {_reason(error)}") from error
+
+
+def _require_names(state: object, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(
-            f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary "
+            f"{path} is another kind of file: it holds a {type(state).__name__}, not a dictionary "
             "with names as keys"
         )
     return state
@@ -218,12 +225,13 @@ class Checkpoints:
             if not path.exists():
                 continue
             try:
-                state = read_checkpoint(path)
+                content = _read(path)
             except UserError as error:
                 problems.append(str(error))
                 self._last_is_damaged = path == self.last
                 continue
             try:
+                state = _require_names(content, path)
                 require_entries(state, self.entries, path)
             except UserError as error:
                 raise UserError(f"{error}; move it to another folder, or {self.way_out}") from error

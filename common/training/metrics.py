@@ -96,8 +96,9 @@ class Metrics:
     def _readable(self, size: int) -> str:
         """The rows in the first `size` bytes of the file, without damaged lines."""
         content = self._read() or b""
-        rows = [line for line in content[:size].splitlines(keepends=True) if _is_row(line)]
-        kept = b"".join(rows)
+        # Older versions filled a file that had been deleted with NUL bytes.
+        lines = content[:size].replace(b"\0", b"").splitlines(keepends=True)
+        kept = b"".join(line for line in lines if _is_row(line))
         if len(kept) != size:
             self.tell(
                 f"warning: {self.path} has {len(kept)} readable bytes of rows where the checkpoint "

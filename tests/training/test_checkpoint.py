@@ -7,9 +7,11 @@ import itertools
 import os
 import pickle
 import random
+import re
 import signal
 import stat
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 
 from common.runtime.errors import UserError
 from common.runtime.files import write_whole
-from common.training.checkpoint import Checkpoints, read_checkpoint, serialise
+from common.training.checkpoint import Checkpoints, read_checkpoint, restore, serialise
 from processes import files, forking, in_child, limit_files_to
 
 torch.set_num_threads(1)
@@ -240,7 +242,7 @@ def test_previous_takes_over_from_a_damaged_last(
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_nothing_readable_left_is_the_users_to_mend(kind: str, tmp_path: Path) -> None:
+def test_where_nothing_can_be_read_an_error_names_both(kind: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state_of(2))
     checkpoints.save(state_of(2))
@@ -318,21 +320,120 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("as_zip", [True, False])
-def test_code_in_a_checkpoint_is_refused_and_never_run(as_zip: bool, tmp_path: Path) -> None:
+def save_pickled(state: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(state))
+
+
+def save_in_old_format(state: Any, path: Path) -> None:
+    """As torch before 1.6."""
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+FORMATS = {"now": torch.save, "before torch 1.6": save_in_old_format, "pickle": save_pickled}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_code_in_a_checkpoint_is_refused_and_never_run(kind: str, tmp_path: Path) -> None:
     proof = tmp_path / "it ran"
     state = {**state_of(1), "model": Harmful(proof)}
     pickle.loads(pickle.dumps(state))
     assert proof.exists(), "it would run"
     proof.unlink()
     checkpoints = Checkpoints(tmp_path)
-    if as_zip:
-        torch.save(state, checkpoints.last)
-    else:
-        checkpoints.last.write_bytes(pickle.dumps(state))
-    with pytest.raises(UserError, match=r"last\.pt"):
+    FORMATS[kind](state, checkpoints.last)
+    with pytest.raises(UserError, match=r"last\.pt") as raised:
         checkpoints.load()
     assert not proof.exists()
+    # Nothing of torch's own message, which tells how to have it executed.
+    assert not re.search("weights_only|trust|safe_globals", str(raised.value))
+    assert len(str(raised.value)) < 400 + 2 * len(str(tmp_path))
+    if kind != "pickle":
+        assert re.search(r"more than tensors and plain values, [\w.]*getattr,", str(raised.value))
+        assert "damaged" not in str(raised.value)
+
+
+def test_a_compiled_module_is_refused(tmp_path: Path) -> None:
+    """A zip file of torch's too, of another kind."""
+    path = tmp_path / "module.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+        with pytest.raises(UserError, match="holds more than tensors") as raised:
+            read_checkpoint(path)
+    assert "weights_only" not in str(raised.value)
+
+
+def test_the_format_before_torch_1_6_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    save_in_old_format(state_of(3), path)
+    assert_is(read_checkpoint(path), 3)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"old\.pt is"):
+        read_checkpoint(path)
+
+
+# ---------------------------------------------------------------- valid files of another kind
+
+OTHERS: dict[str, tuple[Any, str]] = {
+    "a tensor": (torch.zeros(3), "it holds a Tensor, not a dictionary with names as keys"),
+    "a list": ([1, 2], "it holds a list, not a dictionary"),
+    "integer keys": ({0: 1.0}, "it holds a dict, not a dictionary with names as keys"),
+    "weights": ({"conv.weight": torch.zeros(3)}, "it has no entry 'number'"),
+    "an older version's": ({"number": 3}, "it has no entry 'model'"),
+    "another type": ({"number": "3", "model": {}}, "its entry 'number' is a str, not a int"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_valid_file_of_another_kind_is_refused_and_kept(case: str, tmp_path: Path) -> None:
+    content, message = OTHERS[case]
+    checkpoints = Checkpoints(tmp_path, entries={"number": int, "model": dict})
+    checkpoints.save(state_of(1))
+    checkpoints.save(state_of(2))
+    torch.save(content, checkpoints.last)
+    before = checkpoints.last.read_bytes()
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        checkpoints.load()
+    assert str(checkpoints.last) in str(raised.value)
+    assert checkpoints.last.read_bytes() == before
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "last.pt")
+    for read in (Checkpoints(tmp_path).load, lambda: read_checkpoint(tmp_path / "last.pt")):
+
+        def refused(read: Callable[[], Any] = read) -> str:
+            with pytest.raises(UserError) as raised:
+                read()
+            return str(raised.value)
+
+        assert "last.pt is not a regular file" in in_child(refused)
+
+
+def test_a_state_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    module = torch.nn.Linear(2, 3)
+    optimiser = torch.optim.SGD(module.parameters(), 0.1)
+    parts = {"model": module, "optimiser": optimiser}
+    saved = {name: part.state_dict() for name, part in parts.items()}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"model": torch.nn.Linear(2, 4).state_dict()}, "its 'model' does not fit (size mismatch"),
+        ({"model": {"weight": saved["model"]["weight"]}}, "does not fit (Missing key(s)"),
+        ({"model": {"weight": 1, "bias": 2}}, "its 'model' does not fit"),
+        ({"model": [1]}, "its entry 'model' is a list"),
+        ({"optimiser": {}}, "its 'optimiser' does not fit"),
+        ({"optimiser": {"state": {}, "param_groups": []}}, "its 'optimiser' does not fit"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(UserError, match=re.escape(message)) as raised:
+            restore(parts, {**saved, **change}, path)
+        assert str(raised.value).startswith(f"{path}")
+        assert len(str(raised.value)) < 300 + len(str(path))
+    with pytest.raises(UserError, match="it has no entry 'optimiser'"):
+        restore(parts, {"model": saved["model"]}, path)
+    other = torch.nn.Linear(2, 3)
+    restore({"model": other}, saved, path)
+    assert torch.equal(other.weight, module.weight)
 
 
 # ---------------------------------------------------------------- a full disk

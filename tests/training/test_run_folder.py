@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -202,6 +203,141 @@ def test_other_ranks_write_nothing(
     assert capsys.readouterr().out == ""
 
 
+def test_a_kill_between_the_last_row_and_its_checkpoint_shows_the_row_once(folder: Path) -> None:
+    """The result's row is of the last epoch, whose other row is in the checkpoint already."""
+
+    def finish(log: RunLog) -> None:
+        log.write(2, {"linear": 75.0})
+
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
+    for _ in range(2):  # the first is killed after it
+        wait_for_the_next_second()
+        log = open_log(folder)
+        log.open(log.load_checkpoint()["metrics_bytes"], 3)
+        finish(log)
+        log.close()
+    assert rows_of(folder) == [
+        {"epoch": 1, "loss": 1.5},
+        {"epoch": 2, "loss": 2.5},
+        {"epoch": 2, "linear": 75.0},
+    ]
+    assert events_of(folder) == {"loss": [(1, 1.5), (2, 2.5)], "linear": [(2, 75.0)]}
+
+
+def test_the_untrained_row_and_the_picture_stay_when_epoch_1_is_done_again(folder: Path) -> None:
+    log = open_log(folder)
+    log.open(0, 0)
+    log.picture(Image.new("RGB", (3, 2)))
+    log.write(0, {"knn": 10.0})
+    log.save(at(1))
+    log.write(1, {"knn": 20.0})
+    log.close()
+    wait_for_the_next_second()
+    log = open_log(folder)
+    log.open(log.load_checkpoint()["metrics_bytes"], 1)
+    log.write(1, {"knn": 30.0})
+    log.close()
+    assert events_of(folder) == {"knn": [(0, 10.0), (1, 30.0)]}
+    assert EventAccumulator(str(folder / "tensorboard")).Reload().Tags()["images"] == ["views"]
+
+
+def test_events_that_were_deleted_come_back_from_the_checkpoint(folder: Path) -> None:
+    run_epochs(folder, range(1, 4), values=0.5, checkpoint_after=3)
+    shutil.rmtree(folder / "tensorboard")
+    run_epochs(folder, range(4, 5), values=0.5)
+    assert events_of(folder) == {"loss": [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.5)]}
+
+
+# ---------------------------------------------------------------- a folder that disappears
+
+
+@pytest.mark.parametrize("event", ["deleted", "renamed", "deleted with its parent"])
+def test_a_folder_that_disappears_is_made_again(
+    event: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(folder)
+    log.open(0, 0)
+    log.write(1, {"loss": 1.5})
+    log.save(at(2))
+    before = contents(folder)
+    capsys.readouterr()
+    elsewhere = folder.parent / "elsewhere"
+    if event == "renamed":
+        folder.rename(elsewhere)
+    else:
+        shutil.rmtree(folder if event == "deleted" else folder.parent)
+    log.save(at(2))
+    told = capsys.readouterr().out
+    assert told.count(f"warning: {folder} was deleted or renamed during the run") == 1
+    log.write(2, {"loss": 2.5})
+    log.save(at(3))
+    log.close()
+    assert capsys.readouterr().out == ""
+    assert {"config.json", "metrics.jsonl", "last.pt", "previous.pt"} < contents(folder).keys()
+    assert rows_of(folder) == [{"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 2.5}]
+    assert events_of(folder) == {"loss": [(1, 1.5), (2, 2.5)]}
+    assert open_log(folder).load_checkpoint()["progress"] == {"epoch": 3}
+    if event == "renamed":
+        assert contents(elsewhere) == before
+
+
+def test_a_folder_that_was_made_again_is_locked(folder: Path) -> None:
+    log = open_log(folder)
+    log.open(0, 0)
+    shutil.rmtree(folder)
+    log.write(1, {"loss": 1.5})
+
+    def try_to_open() -> str:
+        with pytest.raises(UserError) as raised:
+            open_log(folder)
+        return str(raised.value)
+
+    assert "another process is using" in in_child(try_to_open)
+
+
+def test_only_the_lock_deleted_changes_nothing_else(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(folder)
+    log.open(0, 0)
+    log.write(1, {"loss": 1.5})
+    before = contents(folder)
+    (folder / ".lock").unlink()
+    log.save(at(2))
+    assert before.items() < contents(folder).items()
+    assert (folder / ".lock").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_does_not_continue_in_another_run_s_folder(folder: Path) -> None:
+    log = open_log(folder)
+    log.open(0, 0)
+    log.save(at(1))
+    folder.rename(folder.parent / "elsewhere")
+    other = open_log(folder)
+    other.open(0, 0)
+    other.close()
+    before = contents(folder)
+    with pytest.raises(UserError, match="rename this run's folder back"):
+        log.save(at(2))
+    assert contents(folder) == before
+    # The remedy.
+    folder.rename(folder.parent / "other")
+    (folder.parent / "elsewhere").rename(folder)
+    log.close()
+    assert open_log(folder).load_checkpoint()["progress"] == {"epoch": 1}
+
+
+def test_a_folder_that_cannot_be_made_again_stops_the_run(folder: Path) -> None:
+    log = open_log(folder)
+    log.open(0, 0)
+    shutil.rmtree(folder.parent)
+    folder.parent.write_text("a file")
+    for use in (lambda: log.save(at(1)), lambda: log.write(1, {"loss": 0.5})):
+        with pytest.raises(UserError, match=r"cannot be written .* choose another with --run-dir"):
+            use()
+
+
 # ---------------------------------------------------------------- settings
 
 
@@ -271,6 +407,20 @@ def test_another_number_of_images_is_refused() -> None:
         Progress(images=50_000).check_images(49_999)
 
 
+def test_progress_comes_back_and_an_older_version_s_lacks_values() -> None:
+    whole = Progress(3, 2, {"loss": 0.5}, 100, 10.0, 20.0, 30.0, [15, 2])
+    assert Progress.of(asdict(whole)) == whole
+    assert Progress.of({"epoch": 3, "images": 100}) == Progress(epoch=3, images=100)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epoch": "3"}, {"sums": [1.0]}, {"images": None}, {"tokens": 3}, {7: 3}]
+)
+def test_another_version_s_progress_is_refused(wrong: dict[Any, Any]) -> None:
+    with pytest.raises(UserError, match=f"cannot use: {next(iter(wrong))}; continue with the ver"):
+        Progress.of({"epoch": 3, "step": 2, **wrong})
+
+
 # ---------------------------------------------------------------- config.json
 
 
@@ -312,6 +462,28 @@ def test_a_damaged_config_json_is_written_again(
     written = json.loads((folder / "config.json").read_text())
     assert written["config"] == SETTINGS
     assert len(written["starts"]) == 1
+
+
+FOREIGN = {
+    "a list": ("[1, 2]", "no dict 'config'"),
+    "a number": ("5", "no dict 'config'"),
+    "another program's": ('{"model_type": "bert"}', "no dict 'config'"),
+    "settings alone": ('{"config": {"seed": 1}}', "no list 'starts'"),
+    "other types": ('{"config": {}, "starts": {"0": 1}}', "no list 'starts'"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_another_program_s_config_json_is_refused_and_kept(
+    case: str, fresh: bool, folder: Path
+) -> None:
+    content, missing = FOREIGN[case]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=f"config.json is not of a run .* {missing}.*--run-dir"):
+        open_log(folder, fresh=fresh).load_checkpoint()
+    assert (folder / "config.json").read_text() == content
 
 
 def git_object(repository: Path, kind: str, content: bytes) -> str:
@@ -377,6 +549,66 @@ def test_fresh_moves_aside_and_deletes_nothing(
     log.open(0, 0)  # nothing to move
     assert files(folder.parent) == ["a run", "a run.1", "a run.2", "new"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["train/cat/1.jpg", "notes.txt", "last.pt", "metrics.jsonl"])
+def test_fresh_moves_nothing_but_a_run(name: str, folder: Path) -> None:
+    """The data set, say, or a checkpoint that was copied there."""
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("precious")
+    with pytest.raises(UserError, match=r"is not a run's folder .*--run-dir"):
+        open_log(folder, fresh=True)
+    assert contents(folder) == {name: b"precious"}
+    assert files(folder.parent) == ["a run"]
+    assert not (folder / ".lock").exists()
+
+
+def test_fresh_moves_a_run_with_a_damaged_config_json(folder: Path) -> None:
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
+    (folder / "config.json").write_text("")
+    before = contents(folder)
+    open_log(folder, fresh=True).open(0, 0)
+    assert contents(folder.parent / "a run.1") == before
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json.partial", "last.pt.partial", "views.png"])
+def test_links_are_not_written_through(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    precious = folder.parent / "precious"
+    precious.write_text("precious")
+    (folder / name).symlink_to(precious)
+    if name == ".lock":
+        with pytest.raises(UserError, match=r"\.lock is not a regular file; delete it"):
+            open_log(folder)
+        (folder / ".lock").unlink()
+    log = open_log(folder)
+    log.open(0, 0)
+    log.picture(Image.new("RGB", (2, 2)))
+    log.save(at(1))
+    assert precious.read_text() == "precious"
+    assert not (folder / name).is_symlink()
+    assert open_log(folder).load_checkpoint()["progress"] == {"epoch": 1}
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json", "last.pt", "previous.pt"])
+def test_nothing_waits_for_a_pipe(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name)
+
+    def start() -> str | None:
+        try:
+            log = open_log(folder)
+            log.load_checkpoint()
+            log.open(0, 0)
+        except UserError as error:
+            return str(error)
+        return None
+
+    told = in_child(start)
+    if name == "config.json":
+        assert told is None  # replaced
+    else:
+        assert f"{folder / name} is not a regular file" in told
 
 
 def test_a_folder_whose_checkpoints_were_deleted_is_not_overwritten(folder: Path) -> None:
@@ -530,6 +762,67 @@ def test_a_checkpoint_on_a_full_disk(folder: Path) -> None:
     assert "make room" in error
     assert open_log(folder).load_checkpoint()["progress"]["epoch"] == 1
     assert read_checkpoint(folder / "best.pt") == at(1)
+
+
+# ---------------------------------------------------------------- best.pt
+
+
+def test_a_best_network_that_did_not_fit_is_written_with_a_later_checkpoint(folder: Path) -> None:
+    weights = torch.arange(5000.0)
+
+    def run_out_of_room() -> list[str]:
+        log = open_log(folder)
+        log.open(0, 0)
+        limit_files_to(10_000)
+        log.save_file("best.pt", {"weights": weights, "knn": 20.0})
+        weights.zero_()  # training goes on
+        log.save(at(2))
+        assert not (folder / "best.pt").exists()
+        limit_files_to(None)
+        log.save(at(3))
+        return sys.stdout.getvalue().splitlines()
+
+    told = in_child(run_out_of_room)
+    assert len(told) == 2  # once for it, and once more with the checkpoint that fitted
+    assert all(line.startswith(f"warning: {folder / 'best.pt'} cannot") for line in told)
+    best = read_checkpoint(folder / "best.pt")
+    assert torch.equal(best["weights"], torch.arange(5000.0))
+    assert best["knn"] == 20.0
+
+
+# What best.pt holds at a start, and the best accuracy from there on; the checkpoint's is 30.
+BEST = {
+    "the same": ({"knn": 30.0}, 30.0, ""),
+    "of a later epoch, which is done again": ({"knn": 40.0}, 30.0, ""),
+    "older, for the better one did not fit": ({"knn": 20.0}, 20.0, ""),
+    "deleted": (None, None, "no such checkpoint"),
+    "damaged": (b"damaged", None, "is damaged"),
+    "another file": ({"weights": 1.0}, None, "has no accuracy 'knn'"),
+}
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_the_best_accuracy_is_the_one_in_the_file(
+    case: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, expected, problem = BEST[case]
+    log = open_log(folder)
+    log.open(0, 0)
+    log.save({"progress": {"epoch": 3, "best_knn": 30.0}})
+    if isinstance(content, bytes):
+        (folder / "best.pt").write_bytes(content)
+    elif content is not None:
+        log.save_file("best.pt", content)
+    log.close()
+    capsys.readouterr()
+    assert open_log(folder).load_checkpoint()["progress"]["best_knn"] == expected
+    told = capsys.readouterr().out
+    if expected is None:
+        assert told.startswith(f"warning: {folder / 'best.pt'}")
+        assert f"{problem}" in told
+        assert told.endswith("; the next evaluation of kNN writes a new best.pt\n")
+    else:
+        assert told == ""
 
 
 # ---------------------------------------------------------------- what is told
