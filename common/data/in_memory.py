@@ -16,8 +16,9 @@ from tqdm import tqdm
 from common.data.decoding import BROKEN, broken_file, decode_square
 from common.data.listing import label_by_folder, list_images, require_batch
 from common.data.shapes import CLASS_NAMES, shapes
+from common.runtime.cores import usable_cores
 from common.runtime.errors import UserError
-from common.runtime.ranks import Ranks, usable_cores
+from common.runtime.ranks import Ranks
 
 Dataset = Literal["cifar10", "folder", "shapes"]
 

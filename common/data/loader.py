@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.data.photographs import RandomCrops, stack, unpack
+from common.runtime.cores import usable_cores
 from common.runtime.memory import keep_freed_memory
-from common.runtime.ranks import Ranks, usable_cores
+from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order
 
 

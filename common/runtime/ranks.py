@@ -152,8 +152,9 @@ def start(device: str) -> Ranks:
         device: "auto" (CUDA, else MPS, else CPU) or a torch device such as "cpu" or "cuda:1".
 
     Raises:
-        UserError: if the device is not there.
+        UserError: if the device is not there, or under `srun` without torchrun.
     """
+    _require_launcher()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _pick_device(device, local_rank)
@@ -174,7 +175,11 @@ def use_every_gpu(device: str) -> None:
     """Where the machine has several GPUs and none was named, start again under torchrun on all.
 
     Call it before anything else: the process is replaced.
+
+    Raises:
+        UserError: under `srun` without torchrun.
     """
+    _require_launcher()
     if "WORLD_SIZE" in os.environ or device not in ("auto", "cuda"):
         return
     if torch.cuda.device_count() > 1:
@@ -182,17 +187,21 @@ def use_every_gpu(device: str) -> None:
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine has, in a job that was given some."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def finish() -> None:
     """Leave the group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _require_launcher() -> None:
+    """Refuse several tasks of a SLURM step that do not know of each other."""
+    # SLURM_NTASKS is no sign of srun: a batch script has it too.
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"srun started {tasks} separate copies of this script; start one torchrun on each "
+            "machine instead (srun --ntasks-per-node 1 torchrun …), see docs/clusters.md"
+        )
 
 
 def _pick_device(name: str, local_rank: int) -> torch.device:

@@ -326,3 +326,18 @@ def test_a_machine_with_several_gpus_uses_them_all(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
     expected = [[sys.executable, *launcher, "run.py", "--epochs", "3"]]
     assert started == (expected if hands_over else [])
+
+
+def test_srun_alone_is_refused_and_a_batch_script_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "execv", lambda path, arguments: pytest.fail("started again"))
+    # As SLURM 22.05 sets them: in a batch script of two tasks, in a step of one, in one of two.
+    for variables in ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert distributed.start("cpu").world_size == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for start in (distributed.start, distributed.use_every_gpu):
+        with pytest.raises(UserError, match=r"2 separate copies.*one torchrun on each machine"):
+            start("cpu")
