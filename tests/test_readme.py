@@ -1,33 +1,51 @@
-"""What README.md shows works as it stands there."""
+"""README.md and docs/: their code runs, their links lead somewhere, their flags are settings."""
 
 from __future__ import annotations
 
+import importlib
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.data.shapes import shapes
+from common.evaluation import test_runner
 from common.networks.resnet import CifarResNet
 from simsiam_cifar10.model import SimSiam
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-LOAD, METHOD = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXPERIMENTS = sorted(path.parent.name for path in ROOT.glob("*/run.py"))
+# Options of torchrun, SLURM, Docker, TensorBoard and of benchmarks.
+OTHER_FLAGS = re.compile(
+    "nnodes|nproc-per-node|rdzv-backend|rdzv-endpoint|shutdown-timeout|signal|requeue|nodes|"
+    "ntasks-per-node|gpus-per-node|cpus-per-task|time|partition|account|gpus|shm-size|init|cpus|"
+    "logdir|help|curves"
+)
 
 
-def test_the_two_lines_load_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def code(page: str) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return block
+
+
+def test_readme_is_short() -> None:
+    assert README.count("\n") <= 160
+
+
+def test_a_backbone_loads_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trained = CifarResNet("resnet18", width=64)
     torch.save(trained.state_dict(), "backbone.pt")
-    names = {"torch": torch, "CifarResNet": CifarResNet}
-    exec(LOAD, names)
-    assert LOAD.count("\n") == 2
+    names: dict[str, CifarResNet] = {}
+    exec(code("README.md"), names)
     assert torch.equal(names["backbone"].conv1.weight, trained.conv1.weight)
 
 
-def test_a_method_of_ones_own_trains() -> None:
+def test_a_loop_of_ones_own_trains_as_shown() -> None:
     torch.manual_seed(0)
     model = SimSiam("resnet18", width=8, projector_dim=16, predictor_dim=8)
     before = [parameter.clone() for parameter in model.parameters()]
@@ -37,12 +55,31 @@ def test_a_method_of_ones_own_trains() -> None:
         "optimiser": torch.optim.SGD(model.parameters(), lr=0.1),
         "batches": [images],
     }
-    exec(METHOD, names)
+    exec(code("docs/own-method.md"), names)
     after = list(model.parameters())
     assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
-def test_every_path_that_is_named_exists() -> None:
-    for path in re.findall(r"`((?:common|\w+_cifar10|docs|results)/[\w./]*)`", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:common|docs|results|benchmarks|\w+_cifar10)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    assert (ROOT / "docs" / "method.png").exists()
+    for script in re.findall(r"`(\w+\.py)`", text):
+        assert list(ROOT.glob(f"*/{script}")), script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_is_a_setting(page: Path) -> None:
+    configs = [importlib.import_module(f"{name}.run").Config for name in EXPERIMENTS]
+    settings = {field.name for config in [*configs, test_runner.Config] for field in fields(config)}
+    for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text()):
+        name = flag.removeprefix("no-").replace("-", "_")
+        assert name in settings or OTHER_FLAGS.fullmatch(flag), f"--{flag}"
+
+
+def test_the_table_names_every_experiment() -> None:
+    for name in EXPERIMENTS:
+        assert re.search(rf"^\| `{name}`", README, re.MULTILINE), name
