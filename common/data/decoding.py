@@ -2,49 +2,91 @@
 
 from __future__ import annotations
 
+import io
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # torchvision announces a release without it; Pillow then decodes all
+    decode_image = None
+
+BITS_PER_SAMPLE = 258  # a tag of the TIFF format
 
 
-def broken_file(path: Path, error: Exception, *, can_skip: bool) -> str:
-    """The sentence about a file that cannot be decoded; `can_skip`: whether --skip-broken helps."""
-    sentence = f"{path} cannot be decoded ({error}); mend or remove it"
-    return f"{sentence}, or leave such files out with --skip-broken" if can_skip else sentence
+def shown(path: Path | str) -> str:
+    """A path or name for a message: bytes that are not UTF-8 are written as `\\x..`."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def decode(path: Path) -> Image.Image:
-    """Decode an image file to RGB; 16 bits a pixel are brought to 8, a palette's alpha is dropped.
+class BrokenFile(Exception):  # noqa: N818 (the file is what is wrong)
+    """An image file that cannot be decoded; the message names it and says why."""
+
+
+def decode(path: Path) -> Tensor:
+    """Decode an image file to RGB, uint8 `[3, H, W]`, the channels last in memory.
+
+    JPEGs are decoded by torchvision and all else by Pillow, whose values torchvision's equal.
+    16-bit values are scaled to 8 bits, transparency is dropped, and the orientation that a
+    camera noted (EXIF) is ignored.
 
     Raises:
-        BROKEN: what Pillow raises on files that it cannot decode.
+        BrokenFile: if the file is missing or damaged, has more pixels than Pillow accepts (about
+            179 million; nothing is decoded then), or pixel values of neither 8 nor 16 bits.
     """
-    with Image.open(path) as source:
-        if source.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(source) // 257).clip(0, 255).astype(np.uint8))
-        elif "transparency" in source.info:
-            image = source.convert("RGBA")
-        else:
-            image = source
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.load()  # converting an RGB image would copy it
-        return image
+    try:
+        content = np.fromfile(path, np.uint8)
+        with Image.open(io.BytesIO(content)) as source:  # reads the header only
+            # torchvision's PNG decoder crashes on damaged files, its GIF decoder accepts some.
+            if source.format == "JPEG" and decode_image is not None:
+                with suppress(RuntimeError):  # damaged, or a rare kind: Pillow decides
+                    return decode_image(torch.from_numpy(content), ImageReadMode.RGB)
+            return torch.from_numpy(np.array(_to_rgb(source))).permute(2, 0, 1)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        reason = str(error) or type(error).__name__
+        raise BrokenFile(f"{shown(path)} cannot be decoded ({reason})") from error
 
 
-def decode_square(path: Path, size: int) -> np.ndarray:
-    """Decode an image file to RGB, uint8 `[size, size, 3]`.
+def _to_rgb(source: Image.Image) -> Image.Image:
+    bits = {8}
+    if source.format == "TIFF":
+        bits = set(source.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+    # Pillow also calls 16-bit PNG and PPM "I".
+    is_deep = source.mode == "I" and source.format not in ("PNG", "PPM")
+    if source.mode == "F" or is_deep or not bits <= {1, 2, 4, 8, 16}:
+        raise ValueError("its pixel values are neither of 8 nor of 16 bits")
+    if source.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+        return Image.fromarray((np.asarray(source) // 257).astype(np.uint8)).convert("RGB")
+    image = source
+    if "transparency" in source.info:
+        image = source.convert("RGBA")  # Pillow warns when it converts such a palette at once
+    return image.convert("RGB")
 
-    Another size is resized as torchvision's Resize (shorter side, bicubic) and CenterCrop do.
+
+def decode_square(path: Path, size: int) -> Tensor:
+    """Decode an image file to RGB, uint8 `[3, size, size]`.
+
+    An image of another size is resized as by torchvision's Resize (shorter side, bicubic) and
+    CenterCrop.
+
+    Raises:
+        BrokenFile: as `decode`.
     """
-    image = decode(path)
-    if image.size != (size, size):
-        shorter = min(image.size)
-        width, height = (int(size * length / shorter) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.crop((left, top, left + size, top + size))
-    return np.array(image)
+    pixels = decode(path)
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    shorter = min(image.size)
+    width, height = (int(size * length / shorter) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

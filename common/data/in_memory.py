@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from common.data.decoding import BROKEN, broken_file, decode_square
+from common.data.decoding import BrokenFile, decode_square
 from common.data.listing import label_by_folder, list_images, require_batch
 from common.data.shapes import CLASS_NAMES, shapes
 from common.runtime.cores import usable_cores
@@ -175,12 +175,14 @@ def _decode(
     def read(index: int) -> None:
         try:
             pixels = decode_square(files[index], image_size)
-        except BROKEN as error:
+        except BrokenFile as error:
             if not skip_broken:
-                raise UserError(broken_file(files[index], error, can_skip=True)) from error
+                raise UserError(
+                    f"{error}; repair it or remove it, or leave such files out with --skip-broken"
+                ) from error
             broken.append(index)
         else:
-            images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+            images[index] = pixels
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         done = pool.map(read, range(len(files)))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 
 from common.augment.base import Augmentation
 from common.augment.crop import draw_crops
-from common.data.decoding import BROKEN, broken_file, decode
+from common.data.decoding import BrokenFile, decode
 from common.data.in_memory import SHAPES_TEST, SHAPES_TRAIN
 from common.data.listing import Files, label_by_folder, list_images, require_batch
 from common.data.shapes import CLASS_NAMES, shapes
@@ -78,11 +77,11 @@ def read(photograph: Photograph) -> Tensor:
     """uint8 `[3, H, W]`.
 
     Raises:
-        BROKEN: if the file cannot be decoded.
+        BrokenFile: if the file cannot be decoded.
     """
     if isinstance(photograph, Tensor):
         return photograph
-    return torch.from_numpy(np.array(decode(photograph))).permute(2, 0, 1)
+    return decode(photograph)
 
 
 def resize(photograph: Tensor, height: int, width: int) -> Tensor:
@@ -171,8 +170,10 @@ class RandomCrops(Dataset):
             used = (index + attempt) % len(self)
             try:
                 return read(self.photographs[used]), used
-            except BROKEN as error:
-                problem = broken_file(self.photographs[used], error, can_skip=not self.skip_broken)
+            except BrokenFile as error:
+                problem = f"{error}; repair it or remove it"
+                if not self.skip_broken:
+                    problem += ", or leave such files out with --skip-broken"
         return problem, index
 
 
@@ -193,8 +194,8 @@ class CentreCrops(Dataset):
     def __getitem__(self, index: int) -> Item:
         try:
             photograph = read(self.photographs[index])
-        except BROKEN as error:
-            return broken_file(self.photographs[index], error, can_skip=False), index
+        except BrokenFile as error:
+            return f"{error}; repair it or remove it", index
         shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
         height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
         view = resize(photograph, height, width)

@@ -6,17 +6,14 @@ import re
 from pathlib import Path
 from urllib.error import URLError
 
-import numpy
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, cifar
 
 from assertions import assert_equal
 from common.data import in_memory as datasets
-from common.data.decoding import decode_square
 from common.data.in_memory import Split, load_cifar10, load_folder, load_images
 from common.data.listing import list_images
 from common.data.shapes import CLASS_NAMES, shapes
@@ -172,123 +169,6 @@ def test_linked_folders_and_files_are_followed(tmp_path: Path) -> None:
     train, _ = load(root)
     assert_equal(train.images, images, "by way of links")
     assert train.labels.tolist() == [0, 0, 1]
-
-
-# Decoding ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
-        (64, 64),
-        (40, 50),
-        (80, 48),  # 80 · 32/48 = 53.3
-        (47, 33),  # 47 · 32/33 = 45.6, cut off to 45; the offset 6.5 is rounded to 6
-        (375, 500),  # 42.7, cut off to 42
-        (67, 32),  # cut only; the offset 17.5 is rounded to 18
-        (32, 67),
-        (32, 90),
-        (8, 8),
-        (1, 7),
-    ],
-    ids=str,
-)
-def test_other_sizes_are_resized_and_cut_as_by_torchvision(
-    size: tuple[int, int], tmp_path: Path
-) -> None:
-    """Of width and height the shorter becomes 32 pixels, the middle is kept."""
-    image = to_pillow(pictures(1, size[::-1]))[0]
-    path = put(tmp_path / "picture.png", image)
-    bicubic = transforms.InterpolationMode.BICUBIC
-    expected = transforms.CenterCrop(32)(transforms.Resize(32, bicubic)(image))
-    result = decode_square(path, 32)
-    assert result.dtype == numpy.uint8
-    assert numpy.array_equal(result, numpy.array(expected))
-
-
-def test_all_modes_become_rgb(tmp_path: Path) -> None:
-    """Pixel by pixel for lossless files, worked out by hand."""
-    levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    coloured = torch.stack([levels, 255 - levels, levels // 2, levels], dim=2)  # the last: alpha
-    put(tmp_path / "alpha.png", Image.fromarray(coloured.numpy()))
-    put(tmp_path / "grey.png", Image.fromarray(levels.numpy()))
-    put(tmp_path / "grey_alpha.png", Image.fromarray(coloured[..., :2].contiguous().numpy()))
-    palette = Image.fromarray(levels.numpy(), "P")
-    palette.putpalette([part for index in range(256) for part in (255 - index, index, 7)])
-    put(tmp_path / "palette.png", palette)
-    put(tmp_path / "palette.gif", palette)
-    bits = Image.fromarray((levels >= 100).numpy())
-    assert bits.mode == "1"
-    put(tmp_path / "bits.png", bits)
-
-    greys = levels[..., None].expand(-1, -1, 3)
-    by_palette = torch.stack([255 - levels, levels, torch.full_like(levels, 7)], dim=2)
-    expected = {
-        "alpha.png": coloured[..., :3],  # what lies beneath the transparency
-        "grey.png": greys,
-        "grey_alpha.png": greys,
-        "palette.png": by_palette,
-        "palette.gif": by_palette,
-        "bits.png": 255 * (greys >= 100).to(torch.uint8),
-    }
-    for name, pixels in expected.items():
-        assert numpy.array_equal(decode_square(tmp_path / name, 16), pixels.numpy()), name
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "mode"),
-    [
-        ("picture.png", "<u2", "I;16"),
-        ("picture.tif", "<u2", "I;16"),
-        ("picture.tif", ">u2", "I;16B"),
-        ("picture.tif", "<i4", "I"),
-        ("picture.ppm", "<i4", "I"),
-    ],
-)
-def test_16_bits_are_scaled_to_8(name: str, kind: str, mode: str, tmp_path: Path) -> None:
-    """65535 = 257 · 255: of 16 bits, 257 levels make one."""
-    levels = numpy.arange(256).reshape(16, 16)
-    for remainder in (0, 256):
-        deep = (257 * levels + remainder).clip(0, 65535).astype(kind)
-        path = put(tmp_path / name, Image.fromarray(deep))
-        with Image.open(path) as image:
-            assert image.mode == mode
-        for channel in numpy.moveaxis(decode_square(path, 16), 2, 0):
-            assert numpy.array_equal(channel, levels)
-
-
-def test_32_bits_are_clipped_to_16(tmp_path: Path) -> None:
-    deep = numpy.array([[-1, 65536], [-(2**31), 2**31 - 1]], dtype=numpy.int32)
-    result = decode_square(put(tmp_path / "picture.tif", Image.fromarray(deep)), 2)
-    assert result[..., 0].tolist() == [[0, 255], [0, 255]]
-
-
-@pytest.mark.filterwarnings("error")  # Pillow warns when such a palette is converted to RGB at once
-@pytest.mark.parametrize("transparency", [bytes(range(256)), 9], ids=["of each", "of one"])
-def test_palette_with_transparency(transparency: bytes | int, tmp_path: Path) -> None:
-    """What lies beneath the transparency counts, as for the other modes."""
-    levels = numpy.arange(256, dtype=numpy.uint8).reshape(16, 16)
-    palette = Image.fromarray(levels).convert("P")
-    palette.putpalette([part for index in range(256) for part in (255 - index, index, 7)])
-    path = put(tmp_path / "palette.png", palette, transparency=transparency)
-    with Image.open(path) as image:
-        assert (image.mode, image.info["transparency"]) == ("P", transparency)
-    expected = numpy.stack([255 - levels, levels, numpy.full_like(levels, 7)], axis=2)
-    assert numpy.array_equal(decode_square(path, 16), expected)
-
-
-def test_cmyk_jpeg(tmp_path: Path) -> None:
-    """Flat, so that JPEG keeps it: light passes (255 − ink)/255 of each ink and of black."""
-    inks = numpy.array([200, 100, 20, 50], dtype=numpy.uint8)
-    flat = Image.fromarray(numpy.broadcast_to(inks, (16, 16, 4)).copy(), "CMYK")
-    path = put(tmp_path / "inks.jpg", flat, quality=100)
-    expected = (255 - inks[:3].astype(float)) * (255 - 50) / 255
-    assert numpy.abs(decode_square(path, 16) - expected).max() <= 3
-
-
-def test_jpeg_as_pillow_decodes_it(tmp_path: Path) -> None:
-    path = put(tmp_path / "picture.jpeg", to_pillow(pictures(1, (32, 32)))[0], quality=80)
-    assert numpy.array_equal(decode_square(path, 32), numpy.array(Image.open(path)))
 
 
 # Broken files ------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_broken_file_is_named_or_replaced_by_the_next(files: list[Path], worke
 def test_nothing_readable_is_told(files: list[Path]) -> None:
     for path in files:
         path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"cannot be decoded .*; mend or remove it$"):
+    with pytest.raises(UserError, match=r"cannot be decoded .*; repair it or remove it$"):
         batches(two_crops(files, skip_broken=True))
 
 

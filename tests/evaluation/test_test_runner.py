@@ -305,7 +305,7 @@ def test_a_broken_file_is_told_without_a_flag_that_does_not_help(
     file.write_bytes(b"no picture")
     done = run(command(damaged, weights, tmp_path / "run", "--skip-broken"), status=1)
     assert f"{file} cannot be decoded" in done.stderr
-    assert "mend or remove it" in done.stderr
+    assert "repair it or remove it" in done.stderr
     assert "--skip-broken" not in done.stderr
 
 
