@@ -3,57 +3,25 @@
     pip install -r results/requirements.txt
     python results/miniature/report.py
 
-Cells without a finished run stay empty.
+Cells without a finished run are empty.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from logs import COLOURS, draw, draw_raw_pixels, knn_at_half, last, raw_pixels, read, summary
 
 FOLDER = Path(__file__).resolve().parent
 METHODS = {"simclr": "SimCLR", "byol": "BYOL", "simsiam": "SimSiam"}
 REGIMES = {"baseline": "baseline", "joint": "joint", "dssl": "dssl"}
-COLOURS = {"baseline": "tab:gray", "joint": "tab:red", "dssl": "tab:blue"}
-Rows = list[dict[str, float]]
-
-
-def read(name: str, seed: str = "*") -> list[Rows]:
-    """The metrics of a configuration's finished seeds, or of one."""
-    paths = sorted(FOLDER.glob(f"{name}-seed{seed}/metrics.jsonl"))
-    return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-
-
-def last(rows: Rows, key: str) -> float:
-    return [row[key] for row in rows if key in row][-1]
-
-
-def at_half(rows: Rows) -> float:
-    """kNN at the epoch in the middle: after as many passes as a whole run of two views makes."""
-    knn = {row["epoch"]: row["knn"] for row in rows if "knn" in row}
-    return knn[max(knn) // 2]
-
-
-def summary(values: list[float]) -> str:
-    """Mean ± standard deviation over the seeds, and how many they are."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.1f} (1 seed)"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
-
-
-def raw_pixels() -> dict[str, float]:
-    """The kNN accuracies that raw_pixels.py printed, by what they are of."""
-    path = FOLDER / "raw_pixels.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
-    pairs = [line.removesuffix(" %").split(": kNN ") for line in lines]
-    return {name: float(accuracy) for name, accuracy in pairs}
 
 
 def cells(names: list[str], key: str) -> str:
-    return " | ".join(summary([last(rows, key) for rows in read(name)]) for name in names)
+    return " | ".join(summary([last(rows, key) for rows in read(FOLDER, name)]) for name in names)
 
 
 def tables() -> str:
@@ -62,11 +30,13 @@ def tables() -> str:
         names = [f"{method}-{regime}" for method in METHODS]
         lines.append(f"| {regime} | {cells(names, 'knn')} |")
     halves = " | ".join(
-        summary([at_half(rows) for rows in read(f"{method}-dssl")]) for method in METHODS
+        summary([knn_at_half(rows) for rows in read(FOLDER, f"{method}-dssl")])
+        for method in METHODS
     )
     lines.append(f"| dssl after half its epochs (the cost of a whole baseline) | {halves} |")
     untrained = " | ".join(
-        summary([rows[0]["knn"] for rows in read(f"{method}-baseline")]) for method in METHODS
+        summary([rows[0]["knn"] for rows in read(FOLDER, f"{method}-baseline")])
+        for method in METHODS
     )
     lines.append(f"| untrained | {untrained} |")
     lines += ["", *(f"{name}: kNN {knn:.1f} %\n" for name, knn in raw_pixels().items())]
@@ -75,7 +45,7 @@ def tables() -> str:
         for regime in REGIMES:
             names = [f"{method}-{regime}" for method in METHODS]
             if key == "spread":
-                values = [[last(rows, key) for rows in read(name)] for name in names]
+                values = [[last(rows, key) for rows in read(FOLDER, name)] for name in names]
                 row = " | ".join(f"{statistics.mean(v):.2f}" if v else "" for v in values)
             else:
                 row = cells(names, key)
@@ -94,7 +64,9 @@ def tables() -> str:
     for method in ("simclr", "simsiam"):
         for regime in ("joint", "dssl"):
             names = [f"{method}-{regime}", f"{method}-relative-{regime}"]
-            pair = [f"{last(rows, 'knn'):.1f}" for name in names for rows in read(name, "0")]
+            pair = [
+                f"{last(rows, 'knn'):.1f}" for name in names for rows in read(FOLDER, name, "0")
+            ]
             if len(pair) == 2:
                 lines.append(f"| {METHODS[method]}, {regime} | {pair[0]} | {pair[1]} |")
     return "\n".join(lines) + "\n"
@@ -108,14 +80,9 @@ def plot(path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, sharey="row")
     for column, (method, title) in enumerate(METHODS.items()):
         for regime, colour in COLOURS.items():
-            for index, rows in enumerate(read(f"{method}-{regime}")):
-                for axis, key in zip(axes[:, column], ("knn", "spread"), strict=True):
-                    points = [(row["epoch"], row[key]) for row in rows if key in row]
-                    label = regime if index == 0 else None
-                    axis.plot(*zip(*points, strict=True), color=colour, alpha=0.8, label=label)
-        for name, knn in raw_pixels().items():
-            axes[0, column].axhline(knn, color="black", lw=0.6, ls=":")
-            axes[0, column].text(10, knn, name, va="bottom", ha="right", fontsize=7)
+            for axis, key in zip(axes[:, column], ("knn", "spread"), strict=True):
+                draw(axis, read(FOLDER, f"{method}-{regime}"), key, colour, regime)
+        draw_raw_pixels(axes[0, column], 10)
         axes[0, column].set_title(title)
         axes[1, column].set_xlabel("epoch")
         axes[1, column].set_ylim(0, 1.1)

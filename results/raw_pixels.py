@@ -1,7 +1,7 @@
 """kNN accuracy of CIFAR-10's raw pixels: the floor that a trained network has to clear.
 
-    python results/miniature/raw_pixels.py
-    python results/miniature/raw_pixels.py --dataset folder --data-root DIR
+    python results/raw_pixels.py
+    python results/raw_pixels.py --dataset folder --data-root DIR
 
 The search is that of every run (k = 200, the whole training set, cosine similarity), on the pixels
 as stored, 0..255, and less the data set's mean colour, as the networks take them.
