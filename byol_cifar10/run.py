@@ -156,6 +156,7 @@ def main(config: Config) -> None:
                 update(target_network, network, config.ema_decay)
             training.row |= evaluation.after_epoch(epoch, config.knn_every)
 
+    evaluation.neighbours()
     training.finish(evaluation.linear(config.linear_epochs))
 
 

@@ -146,6 +146,7 @@ def main(config: Config) -> None:
                 optimiser.step()
             training.row |= evaluation.after_epoch(epoch, config.knn_every)
 
+    evaluation.neighbours()
     training.finish(evaluation.linear(config.linear_epochs))
 
 

@@ -14,6 +14,7 @@ from common.data.in_memory import ImageSet, Split
 from common.evaluation.classifier import batches_of_epoch, new_classifier, train_classifier
 from common.evaluation.features import accuracy, extract_features
 from common.evaluation.knn import knn_accuracy
+from common.evaluation.neighbours import sample, show_neighbours
 from common.runtime.errors import UserError
 from common.runtime.precision import autocast
 from common.runtime.ranks import Ranks, send
@@ -175,6 +176,16 @@ class Evaluation:
             best = {"model": self.network.state_dict(), "epoch": epoch, "knn": knn}
             training.log.save_file("best.pt", best)
         return {"knn": knn}
+
+    def neighbours(self) -> None:
+        """Show which training images the backbone finds alike; needs no labels."""
+        training = self.training
+        images = self.train.images[sample(len(self.train)).to(self.train.images.device)]
+        training.ranks.broadcast_buffers(self.network)
+        features = extract_features(
+            self.network.backbone, images, self.encode_test, training.ranks, training.stop.check
+        )
+        show_neighbours(training, images, training.ranks.gather(features, len(images)))
 
     def linear(self, epochs: int) -> float | None:
         """Linear evaluation: top-1 accuracy in percent over the whole test set, logged once.

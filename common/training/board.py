@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+THUMBNAIL = 32  # side of an image in the projector, in pixels
 
 
 class Board:
@@ -61,10 +65,24 @@ class Board:
             ]
         )
 
-    def picture(self, picture: Image.Image) -> None:
-        """Show the picture of the views."""
+    def picture(self, name: str, picture: Image.Image, epoch: int) -> None:
+        """Show a picture at an epoch."""
         pixels = np.asarray(picture)
-        self._write(lambda writer: writer.add_image("views", pixels, 0, dataformats="HWC"))
+        self._write(lambda writer: writer.add_image(name, pixels, epoch, dataformats="HWC"))
+
+    def features(self, features: Tensor, images: Tensor, epoch: int) -> None:
+        """Show images as points in TensorBoard's projector.
+
+        Args:
+            features: float `[N, d]` on the CPU.
+            images: of the same N, uint8 `[N, 3, S, S]` on the CPU.
+        """
+        thumbnails = F.interpolate(images.float(), (THUMBNAIL, THUMBNAIL), mode="area") / 255
+        self._write(
+            lambda writer: writer.add_embedding(
+                features, label_img=thumbnails, global_step=epoch, tag="features"
+            )
+        )
 
     def _write(self, add: Callable[[SummaryWriter], object]) -> None:
         if self._writer is None:

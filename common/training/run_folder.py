@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from common.losses.collapse import COLLAPSED_BELOW
 from common.runtime.errors import UserError, require
@@ -201,14 +202,19 @@ class RunLog:
             )
         self._board.add(row)
 
-    def picture(self, picture: Image.Image) -> None:
-        """Save the picture of the views as views.png, and show it in TensorBoard."""
+    def picture(self, name: str, picture: Image.Image, epoch: int) -> None:
+        """Save a picture as `<name>.png`, and show it in TensorBoard at an epoch."""
         if not self.ranks.is_main:
             return
         content = io.BytesIO()
         picture.save(content, "PNG")
-        self._guard("views.png", lambda path: write_whole(path, content.getbuffer()), must=False)
-        self._board.picture(picture)
+        self._guard(f"{name}.png", lambda path: write_whole(path, content.getbuffer()), must=False)
+        self._board.picture(name, picture, epoch)
+
+    def features(self, features: Tensor, images: Tensor, epoch: int) -> None:
+        """Show images by their features in TensorBoard; arguments as `Board.features`."""
+        if self.ranks.is_main:
+            self._board.features(features, images, epoch)
 
     def save(self, state: Mapping[str, Any], *, must: bool = False) -> None:
         """Write a checkpoint of `state`, with the settings and the rows of the metrics added.
@@ -284,6 +290,8 @@ class RunLog:
         if linear is not None:
             self.tell(f"linear accuracy  {linear:.2f} %")
         self.tell(f"views            {self.folder / 'views.png'}")
+        if (self.folder / "neighbours.png").exists():
+            self.tell(f"neighbours       {self.folder / 'neighbours.png'}")
         board = f"{sys.executable} -m tensorboard.main --logdir {self.folder}"
         self.tell(f"TensorBoard      {board}")
         self.tell(f"weights          {self.folder / 'backbone.pt'}")

@@ -91,7 +91,7 @@ class Training:
         self.meter = Meter(ranks, self.progress.sums, self.progress.step)
         if self.progress.epoch == 0 and ranks.is_main:
             shown, batch = batches.examples(PICTURED)
-            log.picture(picture_views(shown, view_maker.views(batch)))
+            log.picture("views", picture_views(shown, view_maker.views(batch)), 0)
         if config.compile:  # after the picture: its few images would be compiled for separately
             view_maker.compile()
         self.stop = StopFlag(ranks)
