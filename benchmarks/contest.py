@@ -1,8 +1,8 @@
-"""Contestants for the same work, timed in turn within one run; what counts is their ratio.
+"""Several ways to do the same work ("contestants"), timed in turn within one run.
 
-Machines are noisy and absolute times mean nothing on another: every round times each contestant
-once, one after the other, and a contestant's ratio is the median over the rounds of the first
-contestant's time in that round by its own.
+The result is a ratio: absolute times depend on the machine and on what else it does. Every round
+times each contestant once. A contestant's ratio is the median, over the rounds, of the first
+contestant's time divided by its own.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Options:
-    rounds: int = 7  # each contestant is timed once a round
-    profile: bool = False  # show where our own time goes instead
+    rounds: int = 7  # in each of them every contestant is timed once
+    profile: bool = False  # show where this project's time goes instead
 
 
 def machine() -> str:
-    """The processor, cores, instruction set and torch release, in a line."""
+    """The processor, instruction set, number of threads and torch release, in a line."""
     name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -42,13 +42,13 @@ def machine() -> str:
 
 
 class Apart:
-    """A contestant in a process of its own, since what it changes holds for a whole process.
+    """A contestant in a process of its own.
 
-    Our runs tell the C library to keep freed memory (`common.runtime.memory`), which the authors'
-    scripts do not: in one process the yardstick would profit from it.
+    Our runs tell the C library to keep freed memory (`common.runtime.memory`); the authors' scripts
+    do not. This holds for a whole process: in the same one the reference would be faster too.
 
     Args:
-        prepare: makes the contestant in that process; a function of a module, or a partial of one.
+        prepare: makes the contestant in that process; a module's function, or a partial of one.
     """
 
     def __init__(self, prepare: Callable[[], Callable[[], object]]) -> None:
@@ -59,11 +59,11 @@ class Apart:
 
     def __call__(self) -> None:
         self.turns.send(None)
-        self.turns.recv()  # EOFError if it has died
+        self.turns.recv()  # EOFError if the process has ended
 
 
 def apart(prepare: Callable[[], Callable[[], object]], options: Options) -> Callable[[], object]:
-    """The contestant `Apart`; for a profile, which sees its own process alone, in this one."""
+    """The contestant in a process of its own; in this one for a profile, which sees no other."""
     return prepare() if options.profile else Apart(prepare)
 
 
@@ -72,7 +72,7 @@ def take_turns(prepare: Callable[[], Callable[[], object]], turns: Connection) -
     while True:
         try:
             turns.recv()
-        except EOFError:  # the contest is over
+        except EOFError:  # the script has ended
             return
         contestant()
         turns.send(None)
@@ -86,15 +86,15 @@ def compare(
     unit: str = "image",
     core_time: bool = False,
 ) -> dict[str, float]:
-    """Time the contestants and print the row: how many times faster than the first each is.
+    """Time the contestants and print how many times faster than the first each of them is.
 
     Args:
-        row: what is done.
-        contestants: by name; the first is the yardstick, the last is ours. Each is called once
+        row: title: what is done.
+        contestants: by name; the first is the reference, the last is ours. Each is called once
             before the rounds, to warm up.
-        items, unit: what one call works off, and what an item is called.
-        core_time: count the processor's seconds of this process instead of the clock's: for work
-            of one thread, which other processes then disturb less.
+        items, unit: how many items one call processes, and what an item is called.
+        core_time: count CPU time of this process instead of wall-clock time: for work of one
+            thread, which other processes then disturb less.
 
     Returns:
         The ratio of each contestant.
@@ -115,7 +115,7 @@ def compare(
     ratios = {}
     print(f"{row}  [{machine()}; {options.rounds} rounds]")
     for name, times in seconds.items():
-        in_turn = [yardstick / own for yardstick, own in zip(seconds[first], times, strict=True)]
+        in_turn = [reference / own for reference, own in zip(seconds[first], times, strict=True)]
         ratios[name] = statistics.median(in_turn)
         spent = 1000 * statistics.median(times) / items
         print(
@@ -126,7 +126,7 @@ def compare(
 
 
 def show_profile(call: Callable[[], object]) -> None:
-    """Print the operations that took most time in a call."""
+    """Print the operations that took the most time in a call."""
     call()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()

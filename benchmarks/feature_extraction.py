@@ -1,4 +1,4 @@
-"""Features of CIFAR-10's images for kNN, ResNet-18: Resize 36, centre crop 32, normalise, forward.
+"""Features of CIFAR-10 images for kNN: Resize 36, centre crop 32, normalise, forward, ResNet-18.
 
 python benchmarks/feature_extraction.py
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-import contestants
+import other_libraries
 from common.augment.cifar10 import MEAN, STD, centre_view, normalised
 from common.evaluation.features import extract_features
 from common.networks.resnet import CifarResNet
@@ -39,7 +39,7 @@ class Pictures(torch.utils.data.Dataset):
     """The images as the authors' transform makes them, by Pillow."""
 
     def __init__(self) -> None:
-        self.arrays = contestants.photographs(COUNT, 32, 32)
+        self.arrays = other_libraries.photographs(COUNT, 32, 32)
         self.transform = transforms.Compose(
             [
                 transforms.Resize(36, transforms.InterpolationMode.BICUBIC),
@@ -61,7 +61,7 @@ def network() -> CifarResNet:
     return CifarResNet("resnet18", 64).eval()
 
 
-def yardstick(options: FeatureOptions) -> Callable[[], list[Tensor]]:
+def reference(options: FeatureOptions) -> Callable[[], list[Tensor]]:
     torch.set_num_threads(options.threads)
     backbone, loader = network(), DataLoader(Pictures(), batch_size=256)
 
@@ -76,7 +76,7 @@ def ours(options: FeatureOptions) -> Callable[[], Tensor]:
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as every run on a CPU does
     backbone = network().to(memory_format=torch.channels_last)
-    images = contestants.to_batch(contestants.photographs(COUNT, 32, 32))
+    images = other_libraries.to_batch(other_libraries.photographs(COUNT, 32, 32))
 
     def encode(part: Tensor) -> Tensor:
         with autocast("auto", CPU):
@@ -91,7 +91,7 @@ def main(options: FeatureOptions) -> None:
     compare(
         f"features of {COUNT:,} CIFAR-10 images, ResNet-18",
         {
-            "Pillow in a loader, fp32": apart(partial(yardstick, options), options),
+            "Pillow in a loader, fp32": apart(partial(reference, options), options),
             name_of_ours: apart(partial(ours, options), options),
         },
         options,

@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py
 
-Each figure comes from a process of its own, so that its peak memory is its own. "grows" is how many
-times the seconds have grown per doubling of the work: 2.0 is in proportion.
+Each number is measured in a process of its own, because peak memory is counted for a whole process.
+"grows" is the factor of the time for each doubling of the work: 2.0 means proportional.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main(options: GrowthOptions) -> None:
                 target=measure, args=(make, options.rounds, options.threads, sending)
             )
             process.start()
-            sending.close()  # so that a process that dies ends the wait
+            sending.close()  # so that recv fails, instead of waiting, if the process ends early
             seconds, peak = receiving.recv()
             process.join()
             grows = ""

@@ -22,7 +22,7 @@ BLOCK = 512
 
 
 def features(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Non-negative features, as a ResNet's, around a centre a class; and labels."""
+    """Non-negative features, as a ResNet's, around one centre for each class; and labels."""
     centres = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(1))
     labels = torch.randint(CLASSES, (count,), generator=generator)
     noise = torch.randn(count, DIM, generator=generator)
@@ -30,7 +30,7 @@ def features(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def one_hot_votes(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """The common form (Wu et al. 2018's code): all similarities, one-hot votes, a full sort."""
+    """The usual way (Wu et al., 2018, their code): all similarities, one-hot votes, a full sort."""
     bank = F.normalize(bank, dim=1).T.contiguous()
     predictions = []
     for block in F.normalize(queries, dim=1).split(BLOCK):
@@ -49,7 +49,7 @@ def task() -> tuple[Tensor, Tensor, Tensor]:
     return queries, bank, labels
 
 
-def yardstick() -> Callable[[], Tensor]:
+def reference() -> Callable[[], Tensor]:
     return partial(one_hot_votes, *task())
 
 
@@ -59,12 +59,12 @@ def ours() -> Callable[[], Tensor]:
 
 
 def main(options: Options) -> None:
-    agree = yardstick()() == ours()()
+    agree = reference()() == ours()()
     print(f"same predictions: {100 * agree.float().mean().item():.2f} %")
     compare(
         "kNN search, 10,000 queries in 50,000 × 512",
         {
-            "blocks of 512, one-hot votes": apart(yardstick, options),
+            "blocks of 512, one-hot votes": apart(reference, options),
             "this project": apart(ours, options),
         },
         options,

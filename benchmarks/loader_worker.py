@@ -1,8 +1,8 @@
-"""What a loader worker spends on a photograph, when the rest runs on the training device.
+"""CPU time of a loader worker for a photograph; the rest runs on the training device.
 
 python benchmarks/loader_worker.py --data-root DIR
 
-DIR holds JPEG photographs, in any folders; without it, generated ones of 500 × 375 are used.
+DIR holds JPEG photographs, in any folders. Without it, generated ones of 500 × 375 are used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tyro
 from PIL import Image
 
 import byol_harder_aug_imagenet.augmentation
-import contestants
+import other_libraries
 from common.augment.imagenet import CROP_SCALE
 from common.data.listing import list_images
 from common.data.photographs import RandomCrops, stack
@@ -39,10 +39,10 @@ def main(options: LoaderOptions) -> None:
         root = options.data_root
         if not root:
             root = folder
-            for index, image in enumerate(contestants.photographs(COUNT, 375, 500)):
+            for index, image in enumerate(other_libraries.photographs(COUNT, 375, 500)):
                 Image.fromarray(image).save(Path(folder) / f"{index}.jpg", quality=90)
         files = list_images(Path(root))[:COUNT]
-        authors = contestants.pillow(SIZE, has_blur=True)
+        authors = other_libraries.pillow(SIZE, has_blur=True)
         whole = byol_harder_aug_imagenet.augmentation.whole_augmentation(2, 9)
         simsiam = RandomCrops(files, 2, SIZE, CROP_SCALE, 0, False)
         byol = RandomCrops(files, 2, SIZE, CROP_SCALE, 0, False, whole)

@@ -1,10 +1,10 @@
-"""Linear probes at twenty learning rates: trained together against one after the other.
+"""Linear classifiers at twenty learning rates: trained together against one after the other.
 
     python benchmarks/probe_sweep.py
 
-Both as test_runner.py trains on cached features, `--sweep …` against `--base-lr …` twenty times,
-checkpoints included, on random features that lie in memory ready for both. The matrix products are
-as many either way; what is saved is everything else, so small batches and few classes gain most.
+`test_runner.py --sweep …` against `--base-lr …` twenty times, both on cached features, checkpoints
+included; the features are random and in memory before. Both ways do the same matrix products;
+together, all else is done once. Small batches and few classes gain most.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def contest(
 
     def train(config: Config) -> None:
         start = new_classifier(dim, classes, config.seed)
-        # A new folder each time: nothing is continued. The progress bars are not wanted.
+        # A new folder each time, so that nothing is continued; progress bars are hidden.
         with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
             fit(start, batches, config, {}, Path(folder), RANKS, stop)
 
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     small = Config("", epochs=3, cache_features=True)
     contest("CIFAR-10's shape", 50_000, 512, 10, small, options)
     contest("the same", 50_000, 512, 10, replace(small, batch_size=256), options)
-    # A thousand classes fill the processor with one classifier's matrix products already.
+    # With a thousand classes the matrix products of one classifier already keep all cores busy.
     large = replace(small, epochs=1)
     contest("ImageNet's shape, small", 20_000, 2048, 1000, large, replace(options, rounds=1))
 

@@ -2,8 +2,8 @@
 
     python benchmarks/step_memory.py
 
-Counts the bytes that autograd saves (parameters not among them), for the same batch and in float32:
-all parts kept until one backward, against each part backward at once.
+Counts the bytes that autograd saves, without parameters, in float32, for the same batch: one
+backward pass after all forward passes, against a backward pass for each part of the loss.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Saved:
 
 
 def peak_bytes(network: nn.Module, views: Views, together: bool) -> tuple[int, list[Tensor]]:
-    """Bytes at the peak of a step, and the gradients."""
+    """The largest number of bytes saved at a time during a step, and the gradients."""
     kept = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
     def pack(tensor: Tensor) -> Tensor | Saved:

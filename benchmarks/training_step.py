@@ -3,13 +3,13 @@
     python benchmarks/training_step.py
     python benchmarks/training_step.py --curves --batch-size 32 --width 16    # losses of 200 steps
 
-The yardstick is a step as the authors' scripts make it: float32 in contiguous memory, all passes,
-then one backward; for BYOL the targets are computed twice. Ours is what `run.py` does: channels
-last, each part backward at once, targets once, bf16 where the processor multiplies it, freed memory
-kept by the process.
+The reference is a step as in the authors' scripts: float32, contiguous memory, all forward passes,
+then one backward pass; BYOL's targets are computed twice. Ours is the step of `run.py`: channels
+last, a backward pass for each part of the loss, targets computed once, bf16 where the processor
+multiplies it, freed memory kept by the process.
 
-`--curves` trains simsiam_cifar10 on views of shapes and prints each step's loss for the yardstick,
-for ours in float32 and for ours in bf16, which a processor without it emulates slowly.
+`--curves` trains simsiam_cifar10 on generated shapes and prints each step's loss: the reference's,
+ours in float32, ours in bf16 (which is emulated, slowly, on a processor without it).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import tyro
 
-import contestants
+import other_libraries
 from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
 from common.data.photographs import RandomCrops, stack
 from common.runtime.memory import keep_freed_memory
@@ -25,10 +25,10 @@ BATCH, SIZE = 64, 224
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as every run on a CPU does
-    images = contestants.photographs(BATCH, 375, 500)
+    images = other_libraries.photographs(BATCH, 375, 500)
     decoded = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     crops = RandomCrops(decoded, 2, SIZE, CROP_SCALE, 0, False)
-    heavy = partial(heavy_augmentation, contestants.NUM_OPS, contestants.MAGNITUDE)
+    heavy = partial(heavy_augmentation, other_libraries.NUM_OPS, other_libraries.MAGNITUDE)
 
     def make(maker: ViewMaker) -> None:
         (first, second), _ = stack([crops[0, index] for index in range(BATCH)])
@@ -39,8 +39,8 @@ def main(options: Options) -> None:
     compare(
         "four views at 224 px from 500 × 375, one core",
         {
-            **contestants.others(images, SIZE, has_blur=True),
-            **contestants.ours(make, standard_augmentation, heavy),
+            **other_libraries.others(images, SIZE, has_blur=True),
+            **other_libraries.ours(make, standard_augmentation, heavy),
         },
         options,
         items=BATCH,

@@ -1,11 +1,13 @@
 """The four views v, v', v̂, v̂' of simsiam_cifar10 and simsiam_imagenet by other libraries.
 
-Each maker turns a list of 8-bit RGB images, `[H, W, 3]` arrays, into normalised float tensors. T is
-crop, flip, ColorJitter, grey and, for photographs, blur; T̂ is RandAugment(2, 9), of which every
-library has a selection of its own. Pillow does it image by image as the authors' loader does, with
-the paper's sixteen operations; albumentations too, by OpenCV, with the nearest it has to them.
-kornia and torchvision v2 take batches; torchvision draws one set of parameters for a whole batch,
-so it does less than the others.
+Each maker turns a list of 8-bit RGB images, arrays `[H, W, 3]`, into normalised float tensors. T is
+crop, flip, ColorJitter, grey and, for photographs, blur. T̂ is RandAugment(2, 9).
+
+- Pillow: image by image, as the authors' loader, with the paper's sixteen operations.
+- albumentations: image by image, by OpenCV, with its nearest equivalents of the sixteen.
+- kornia: in batches, with its own operations.
+- torchvision v2: in batches, with its own operations and one set of random parameters for a whole
+  batch: less work than the others.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def photographs(count: int, height: int, width: int) -> list[np.ndarray]:
 
 
 def four(standard: Callable, heavy: Callable, finish: Callable) -> Callable:
-    """An image or a batch to its four views."""
+    """A function that maps an image, or a batch, to its four views."""
 
     def make(image: object) -> list[object]:
         views = []
@@ -189,7 +191,7 @@ def kornia(size: int, has_blur: bool) -> Maker:
 def others(
     images: Sequence[np.ndarray], size: int, has_blur: bool
 ) -> dict[str, Callable[[], object]]:
-    """A contest's contestants, ours not among them."""
+    """The contestants of other libraries, by name."""
     makers = {
         "Pillow, image by image": pillow,
         "kornia": kornia,
@@ -204,7 +206,7 @@ def ours(
     standard: Callable[[], Augmentation],
     heavy: Callable[[], Augmentation],
 ) -> dict[str, Callable[[], object]]:
-    """Our contestants: views made by T and T̂, compiled and as they are."""
+    """This project's contestants: views made by T and T̂, with and without torch.compile."""
     require_compiler(torch.device("cpu"))
     compiled, plain = (ViewMaker(standard(), heavy(), "dssl") for _ in range(2))
     compiled.compile()
