@@ -43,6 +43,15 @@ class Draws(NamedTuple):
     def of(cls, draws: Tensor, device: torch.device | str = "cpu") -> Draws:
         return cls(draws, send(draws, torch.device(device)))
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether to sort images by what they drew, so that each is computed once.
+
+        On GPUs, where each kernel has a price, all images go through the same ones, and masks
+        choose.
+        """
+        return self.device.device.type == "cpu"
+
     def columns(self, start: int, stop: int) -> Draws:
         return Draws(self.host[:, start:stop], self.device[:, start:stop])
 
@@ -113,34 +122,67 @@ class Chain(Augmentation):
             augmentation.compile()
 
 
+class Turn(NamedTuple):
+    """A batch sorted by group; see `sorted_turns`. Tensors are int64, on the images' device."""
+
+    source: Tensor  # [B]: where each image was in the turn before
+    rows: Tensor  # [B]: its index in the batch
+    numbers: Tensor  # [columns, B]: its own numbers
+    counts: list[int]  # how many images are in no group, then in each group
+
+
+def sorted_turns(
+    groups: Tensor, number: int, device: torch.device, columns: Sequence[Tensor] = ()
+) -> tuple[list[Turn], Tensor]:
+    """Sort a batch by group, turn by turn, and send all that this takes in one copy.
+
+    Args:
+        groups: int64 `[B, turns]` on the CPU, an image's group in each turn: 0..number − 1, or −1
+            for none.
+        columns: int64 `[B, turns]` each, on the CPU: further numbers of each image.
+
+    Returns:
+        The turns, and int64 `[B]`: where each image of the batch is after the last one.
+    """
+    groups = groups.t()
+    order = groups.argsort(dim=1, stable=True)  # [turns, B]
+    place = order.argsort(dim=1)
+    before = torch.cat([torch.arange(groups.shape[1])[None], place[:-1]])
+    own = [numbers.t().gather(1, order) for numbers in (before.t(), *columns)]
+    host = torch.stack([own[0], order, *own[1:]], dim=1).flatten(0, 1)
+    sent = send(torch.cat([place[-1:], host]), device)
+    turns = []
+    for group, part in zip(groups, sent[1:].unflatten(0, (len(order), -1)), strict=True):
+        counts = torch.bincount(group + 1, minlength=number + 1).tolist()
+        turns.append(Turn(part[0], part[1], part[2:], counts))
+    return turns, sent[0]
+
+
 def apply_in_groups(
     images: Tensor, groups: Tensor, functions: Sequence[Callable[[Tensor, Tensor, int], Tensor]]
 ) -> Tensor:
     """Send each image through the functions of its groups, turn by turn.
 
-    In each turn the images lie sorted by group: a choice per image becomes a few calls on
+    In each turn the images are sorted by group: a choice per image becomes a few calls on
     contiguous slices.
 
     Args:
         images: `[B, …]`.
         groups: integer `[B, turns]` on the CPU: an image's function in each turn, as an index of
-            `functions`, or -1 to leave it as it is.
+            `functions`, or −1 to leave it as it is.
         functions: called with a group's images, their indices in the batch (int64, on the images'
             device) and the turn; return images of the same shape and type, or change them in place.
     """
-    place = torch.arange(len(images))  # where each image of the batch lies
-    for turn, group in enumerate(groups.unbind(1)):
-        order = group.argsort(stable=True)
-        counts = torch.bincount(group + 1, minlength=len(functions) + 1).tolist()
+    turns, back = sorted_turns(groups, len(functions), images.device)
+    for number, turn in enumerate(turns):
         # index_select, since on CPUs images[rows] takes ten times as long.
-        images = images.index_select(0, send(place[order], images.device))
-        place = order.argsort()
-        rows = send(order, images.device)
-        parts = zip(functions, images.split(counts)[1:], rows.split(counts)[1:], strict=True)
+        images = images.index_select(0, turn.source)
+        parts = images.split(turn.counts)[1:], turn.rows.split(turn.counts)[1:]
+        parts = zip(functions, *parts, strict=True)
         for function, part, part_rows in parts:
             if len(part):
-                part.copy_(function(part, part_rows, turn))
-    return images.index_select(0, send(place, images.device))
+                part.copy_(function(part, part_rows, number))
+    return images.index_select(0, back)
 
 
 def levels_type() -> torch.dtype:
@@ -172,7 +214,7 @@ class RandomApply(Augmentation):
     """For each image one augmentation with this probability, else the other, or none.
 
     Both are drawn for the whole batch, so that an image's draws do not depend on the others'
-    choices; each computes only the images that chose it. Both have to keep the images' size.
+    choices. On a CPU each computes only the images that chose it. Both must keep the images' size.
 
     Args:
         augmentation: applied with `probability`.
@@ -201,14 +243,18 @@ class RandomApply(Augmentation):
         return torch.cat([choice, *drawn], dim=1)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        widths = [choice.columns for choice in self.choices]
+        parts = (part[:, 1:].split(widths, dim=1) for part in draws)
+        own = [Draws(host, device) for host, device in zip(*parts, strict=True)]
+        if not draws.is_on_cpu:
+            chosen = per_image(draws.device[:, 0] == 0)
+            made = [choice.apply(images, its) for choice, its in zip(self.choices, own, strict=True)]
+            return torch.where(chosen, made[0], made[1] if len(made) == 2 else images)
         group = draws.host[:, 0].to(torch.int64)
         functions = []
-        start = 1
-        for index, choice in enumerate(self.choices):
-            own = draws.columns(start, start + choice.columns)
-            start += choice.columns
-            host = own.host[group == index]  # in the order in which the images come, too
-            functions.append(partial(_apply_chosen, choice, host, own.device))
+        for index, (choice, part) in enumerate(zip(self.choices, own, strict=True)):
+            host = part.host[group == index]  # in the order in which the images come, too
+            functions.append(partial(_apply_chosen, choice, host, part.device))
         if len(functions) == 1:
             group = -group  # 1 leaves the image as it is
         return apply_in_groups(images, group[:, None], functions)

@@ -18,6 +18,7 @@ from common.augment.base import (
     per_image,
     to_uint8,
 )
+from common.runtime.ranks import send
 
 
 def blend(degenerate: Tensor, pixels: Tensor, factor: float | Tensor) -> Tensor:
@@ -45,6 +46,16 @@ def grey(pixels: Tensor) -> Tensor:
     return luma.add_(blue, alpha=7471 / 65536).add_(0.5).floor_().unsqueeze(1)
 
 
+def mean_grey(luma: Tensor) -> Tensor:
+    """The mean of each image's grey `[B, 1, H, W]`, rounded: float32 `[B, 1, 1, 1]`."""
+    count = luma.shape[2] * luma.shape[3]
+    # A row's sum is exact in float32, an image's need not be.
+    total = luma.sum(dim=3, keepdim=True).to(torch.int64).sum(dim=2, keepdim=True)
+    # int(total / count + 0.5) without leaving the integers, so that no device rounds differently.
+    mean = torch.div(total + count // 2, count, rounding_mode="floor")
+    return mean.to(torch.float32)
+
+
 # The four adjustments of ColorJitter work in place on levels 0..255, `[B, 3, H, W]`: int16, or
 # uint8 where they are compiled.
 
@@ -57,12 +68,7 @@ def brightness_(levels: Tensor, factor: float | Tensor) -> Tensor:
 def contrast_(levels: Tensor, factor: float | Tensor) -> Tensor:
     """Pillow's ImageEnhance.Contrast: away from the image's mean grey, rounded to an integer."""
     pixels = levels.to(torch.float32)
-    count = levels.shape[2] * levels.shape[3]
-    # A row's sum is exact in float32, an image's need not be.
-    total = grey(pixels).sum(dim=3).to(torch.int64).sum(dim=(1, 2))
-    # int(total / count + 0.5) without leaving the integers, so that no device rounds differently.
-    mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor")
-    return levels.copy_(blend(per_image(mean.to(torch.float32)), pixels, factor))
+    return levels.copy_(blend(mean_grey(grey(pixels)), pixels, factor))
 
 
 def saturation_(levels: Tensor, factor: float | Tensor) -> Tensor:
@@ -125,10 +131,12 @@ class ColorJitter(Augmentation):
         self.low = torch.maximum(centre - spread, lowest)
         self.high = centre + spread
         self.probability = probability
+        self.jitter = jittered
         self.adjustments: Sequence[Callable[[Tensor, Tensor], Tensor]] = ADJUSTMENTS
         self.work_type = torch.int16
 
     def compile(self) -> None:
+        self.jitter = torch.compile(jittered)
         compiled = [torch.compile(function, dynamic=True) for function in ADJUSTMENTS]
         self.adjustments = [partial(_on_copy, function) for function in compiled]
         self.work_type = torch.uint8
@@ -141,6 +149,8 @@ class ColorJitter(Augmentation):
         return torch.cat([order.masked_fill(skipped, -1).to(torch.float32), parameters], dim=1)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        if not draws.is_on_cpu:
+            return self.jitter(images, send(jitter_parameters(draws.host), images.device))
         parameters = draws.device[:, 4:].unbind(1)
         functions = [
             partial(_adjust, adjustment, parameter)
@@ -151,6 +161,66 @@ class ColorJitter(Augmentation):
 
 
 ADJUSTMENTS = (brightness_, contrast_, saturation_, hue_)
+
+
+# On a GPU what counts is how many kernels are started: there every image goes through the same
+# steps, and those that it did not draw leave it as it is.
+
+
+def jitter_parameters(draws: Tensor) -> Tensor:
+    """What `jittered` needs of ColorJitter's draws `[B, 8]`: float32 `[14, B]`, on the CPU.
+
+    For each of the four turns the factor, then the weight of the mean grey (1 where contrast is
+    adjusted), then that of the grey (1 where saturation is); then the hue's two turns.
+    """
+    order, parameters = draws[:, :4].to(torch.int64), draws[:, 4:]
+    is_factor = (order >= 0) & (order < 3)
+    factor = parameters.gather(1, order.clamp(min=0)).where(is_factor, 1)
+    hue = parameters[:, 3:] * (order == 3).unflatten(1, (2, 2)).any(2)
+    return torch.cat([factor, order == 1, order == 2, hue], dim=1).t()
+
+
+def jittered(images: Tensor, parameters: Tensor) -> Tensor:
+    """ColorJitter with one sequence of steps for all images; equal to the drawn order.
+
+    Turn 1, hue, turns 2 and 3, hue, turn 4. A hue drawn first or second is turned after turn 1, one
+    drawn third or fourth after turn 3; its own turn changes nothing, so the order is kept.
+
+    Args:
+        images: uint8 `[B, 3, H, W]`.
+        parameters: by `jitter_parameters`, on the images' device.
+
+    Returns:
+        uint8 `[B, 3, H, W]`.
+    """
+    factors, means, greys, (first_hue, second_hue) = parameters.split([4, 4, 4, 2])
+    levels = images.to(torch.float32)
+    for turn in range(4):
+        luma = grey(levels)
+        mean = per_image(means[turn]) * mean_grey(luma)
+        degenerate = torch.addcmul(mean, per_image(greys[turn]), luma)
+        levels = blend(degenerate, levels, factors[turn]).floor_()
+        if turn == 0:
+            levels = turned_hue(levels, first_hue)
+        if turn == 2:
+            levels = turned_hue(levels, second_hue)
+    return levels.to(torch.uint8)
+
+
+def turned_hue(levels: Tensor, shift: Tensor) -> Tensor:
+    """`hue_` in half as many kernels, not in place.
+
+    float32 whole levels `[B, 3, H, W]`, and turns `[B]`.
+    """
+    low, top = torch.aminmax(levels, dim=1, keepdim=True)
+    chroma = top - low
+    turn = (chroma * per_image(6 * shift)).round_()
+    base = levels.sum(1, keepdim=True).add_(top).sub_(low, alpha=2)
+    distance = torch.sub(base, levels, alpha=2)
+    opposite = levels.roll(-1, 1).sub_(levels.roll(1, 1)).clamp_(-1, 0)
+    distance.addcmul_(distance, opposite, value=2).add_(turn).abs_()
+    distance.sub_(chroma, alpha=3).abs_().clamp_(chroma, 2 * chroma)
+    return distance.add_(low.sub_(chroma))
 
 
 def _adjust(
@@ -192,5 +262,8 @@ class RandomGrey(Augmentation):
         return draw_chosen(batch, self.probability, generator)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        if not draws.is_on_cpu:
+            is_grey = per_image(draws.device[:, 0] == 0)
+            return torch.where(is_grey, self.turn_grey(images), images)
         groups = draws.host.to(torch.int64)
         return apply_in_groups(images, groups, [lambda part, rows, turn: self.turn_grey(part)])

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.augment.base import Augmentation, Draws, apply_in_groups, draw_chosen, to_uint8
+from common.augment.base import (
+    Augmentation,
+    Draws,
+    apply_in_groups,
+    draw_chosen,
+    per_image,
+    to_uint8,
+)
 
 
 def _triangle(distance: Tensor) -> Tensor:
@@ -110,19 +117,20 @@ class RandomResizedCropFlip(Augmentation):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         top, left, height, width, flip = draws.device.unbind(1)
-        rows = resize_weights(
-            top, height, top, top + height, images.shape[2], self.size, self.kernel
-        )
         flipped = flip > 0
-        columns = resize_weights(
-            torch.where(flipped, left + width, left),
-            torch.where(flipped, -width, width),
-            left,
-            left + width,
-            images.shape[3],
+        # Both axes at once. Weights of the shorter one beyond its end are 0, since pixels there are
+        # outside the crop.
+        weights = resize_weights(
+            torch.cat([top, torch.where(flipped, left + width, left)]),
+            torch.cat([height, torch.where(flipped, -width, width)]),
+            torch.cat([top, left]),
+            torch.cat([top + height, left + width]),
+            max(images.shape[2:]),
             self.size,
             self.kernel,
         )
+        rows, columns = weights.chunk(2)
+        rows, columns = rows[..., : images.shape[2]], columns[..., : images.shape[3]]
         return resample(images, rows, columns)
 
 
@@ -194,5 +202,7 @@ class RandomFlip(Augmentation):
         return draw_chosen(batch, self.probability, generator)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        if not draws.is_on_cpu:
+            return torch.where(per_image(draws.device[:, 0] == 0), images.flip(3), images)
         groups = draws.host.to(torch.int64)
         return apply_in_groups(images, groups, [lambda part, rows, turn: part.flip(3)])

@@ -25,7 +25,7 @@ def _look_up(images: Tensor, table: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _stretch_tables(device: torch.device) -> Tensor:
+def stretch_tables(device: torch.device) -> Tensor:
     """Tables that stretch low..high to 0..255, uint8 `[256, 256, 256]` by (low, high, value).
 
     Made on the CPU in float64, since Pillow's own rounding errors decide where a table steps and
@@ -48,25 +48,35 @@ def auto_contrast(images: Tensor, value: float = 0.0) -> Tensor:
     """Stretch each channel to 0..255; `value` has no effect."""
     channels = images.flatten(2)
     low, high = channels.amin(2).long(), channels.amax(2).long()
-    return _look_up(images, _stretch_tables(images.device)[low, high])
+    return _look_up(images, stretch_tables(images.device)[low, high])
 
 
 def equalize(images: Tensor, value: float = 0.0) -> Tensor:
     """Flatten each channel's histogram; `value` has no effect."""
     levels = images.flatten(2)
     pixels = levels.long()
-    batch, channels, count = pixels.shape
-    histogram = torch.zeros(batch, channels, 256, dtype=torch.int32, device=images.device)
-    ones = torch.ones(1, dtype=torch.int32, device=images.device).expand_as(pixels)
+    tables = equalize_tables(pixels, levels.amax(2, keepdim=True).long())
+    return tables.to(torch.uint8).gather(2, pixels).view_as(images)
+
+
+def equalize_tables(pixels: Tensor, top: Tensor) -> Tensor:
+    """What Equalize makes of each level of each channel.
+
+    Args:
+        pixels: int64 `[B, 3, H·W]`.
+        top: int64 `[B, 3, 1]`, the highest level that occurs.
+
+    Returns:
+        int64 `[B, 3, 256]`, 0..255.
+    """
+    histogram = torch.zeros(*pixels.shape[:2], 256, dtype=torch.int32, device=pixels.device)
+    ones = torch.ones(1, dtype=torch.int32, device=pixels.device).expand_as(pixels)
     histogram.scatter_add_(2, pixels, ones)
-    brightest = histogram.gather(2, levels.amax(2, keepdim=True).long())
-    step = torch.div(count - brightest, 255, rounding_mode="floor")
     below = histogram.cumsum(2) - histogram
-    table = torch.div(
-        below + torch.div(step, 2, rounding_mode="floor"), step.clamp(min=1), rounding_mode="floor"
-    )
-    table = torch.where(step > 0, table.clamp_(max=255), torch.arange(256, device=images.device))
-    return table.to(torch.uint8).gather(2, pixels).view_as(images)
+    step = torch.div(below.gather(2, top), 255, rounding_mode="floor")
+    half = torch.div(step, 2, rounding_mode="floor")
+    tables = torch.div(below + half, step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
+    return torch.where(step > 0, tables, torch.arange(256, device=pixels.device))
 
 
 def invert(images: Tensor, value: float = 0.0) -> Tensor:
@@ -98,16 +108,23 @@ def solarize_add(images: Tensor, value: float) -> Tensor:
     return solarize(images.clamp(max=255 - added).add_(added), 128)
 
 
+def smooth(pixels: Tensor) -> Tensor:
+    """Smooth whole levels as Sharpness does: `[B, 3, H, W]` to float32 `[B, 3, H − 2, W − 2]`.
+
+    int16 or float32; the nine pixels around each weigh 1, itself 5, rounded.
+    """
+    columns = (pixels[..., :-2] + pixels[..., 1:-1]).add_(pixels[..., 2:])
+    total = (columns[..., :-2, :] + columns[..., 1:-1, :]).add_(columns[..., 2:, :])
+    total.add_(pixels[..., 1:-1, 1:-1], alpha=4)
+    # Pillow's ⌊total/13 + ½⌋ by way of float32, where the nearest half is 1/26 away.
+    return total.to(torch.float32).mul_(1 / 13).add_(0.5).floor_()
+
+
 def sharpened_inside(images: Tensor, value: float) -> Tensor:
     """`sharpness` of uint8 `[B, 3, H, W]` without the outermost pixels: `[B, 3, H − 2, W − 2]`."""
     pixels = images.to(levels_type())
-    columns = (pixels[..., :-2] + pixels[..., 1:-1]).add_(pixels[..., 2:])
-    total = (columns[..., :-2, :] + columns[..., 1:-1, :]).add_(columns[..., 2:, :])
-    inside = pixels[..., 1:-1, 1:-1]
-    total.add_(inside, alpha=4)
-    # Pillow's ⌊total/13 + ½⌋ by way of float32, where the nearest half is 1/26 away.
-    smooth = total.to(torch.float32).mul_(1 / 13).add_(0.5).floor_()
-    return to_uint8(blend(smooth, inside.to(torch.float32, copy=True), value))
+    inside = pixels[..., 1:-1, 1:-1].to(torch.float32, copy=True)
+    return to_uint8(blend(smooth(pixels), inside, value))
 
 
 def sharpness(
@@ -238,25 +255,32 @@ def translate_y(images: Tensor, value: float) -> Tensor:
 def cutout(images: Tensor, value: float, centre: Tensor) -> Tensor:
     """Fill a square of `value` pixels with grey-brown (125, 123, 114).
 
-    At the left and top border the square shifts and keeps its size; at the others it is cut.
-
     Args:
         centre: float `[B, 2]`, (x, y) of the square's centre, in pixels.
     """
     height, width = images.shape[2:]
-    # Pillow's own precision; MPS has no float64, where a box may come out one pixel off.
-    centre = centre.to(torch.float32 if centre.device.type == "mps" else torch.float64)
-    start = (centre - value / 2).clamp(min=0).floor()
-    limits = constant((width, height), centre.device)
-    stop = torch.minimum(start + value, limits).floor()  # the rectangle includes its far edge
+    left, top, right, bottom = cutout_box(centre, value, height, width).split(1, dim=1)
     x = torch.arange(width, device=images.device)
     y = torch.arange(height, device=images.device)
-    columns = (x >= start[:, :1]) & (x <= stop[:, :1])
-    rows = (y >= start[:, 1:]) & (y <= stop[:, 1:])
+    columns, rows = (x >= left) & (x <= right), (y >= top) & (y <= bottom)
     # 255 inside the box, 0 outside: on CPUs bits are several times faster than torch.where.
     box = rows[:, None, :, None].to(torch.uint8) * (255 * columns[:, None, None, :].to(torch.uint8))
     colour = constant(CUTOUT_COLOUR, images.device).to(torch.uint8)[:, None, None]
     return (images ^ colour).bitwise_and_(box).bitwise_xor_(images)
+
+
+def cutout_box(centre: Tensor, value: float, height: int, width: int) -> Tensor:
+    """The first and last pixels that Cutout fills: int64 `[…, 4]`, left, top, right, bottom.
+
+    At the left and top border the square moves and keeps its size; at the others it is cut.
+
+    Args:
+        centre: float `[…, 2]`, (x, y), in pixels.
+    """
+    start = (centre.to(torch.float64) - value / 2).clamp(min=0).floor()
+    limits = torch.tensor([width, height], dtype=torch.float64, device=centre.device)
+    stop = torch.minimum(start + value, limits).floor()  # the rectangle includes its far edge
+    return torch.cat([start, stop], dim=-1).to(torch.int64)
 
 
 # The paper's names, in the order of its table; each maps uint8 images `[B, 3, H, W]` and the

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.augment.base import Augmentation, Draws, apply_in_groups
 from common.augment.operations import OPERATIONS, cutout, sharpened_inside, sharpness
+from common.augment.randaugment_gpu import rand_augment
 from common.runtime.errors import UserError
 
 # Strength at M = 0 and at M = 30, and whether its sign is drawn.
@@ -57,7 +58,6 @@ class RandAugment(Augmentation):
         self.num_ops = num_ops
         self.magnitude = magnitude
         self.translate_relative = translate_relative
-        self.values = [low + magnitude / 30 * (high - low) for low, high, _ in STRENGTHS.values()]
         self.operations = OPERATIONS
         # For each operation: its index, sign, and Cutout's centre x, y in pixels.
         self.columns = 4 * num_ops
@@ -79,21 +79,29 @@ class RandAugment(Augmentation):
         centre *= torch.tensor([width, height])
         return torch.cat([operation, sign, centre], dim=2).flatten(1)
 
+    def values(self, height: int, width: int) -> tuple[tuple[str, float], ...]:
+        """Each operation's strength, without its sign, for images of this size."""
+        share = self.magnitude / 30
+        values = {name: low + share * (high - low) for name, (low, high, _) in STRENGTHS.items()}
+        if self.translate_relative:
+            values["TranslateX"] = self.magnitude * 100 * width / (30 * 224)
+            values["TranslateY"] = self.magnitude * 100 * height / (30 * 224)
+        return tuple(values.items())
+
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        host = draws.host.to(torch.int64).unflatten(1, (self.num_ops, 4))
-        centres = draws.device.unflatten(1, (self.num_ops, 4))[:, :, 2:]
+        host = draws.host.unflatten(1, (self.num_ops, 4))
+        values = self.values(*images.shape[2:])
+        if not draws.is_on_cpu:
+            return rand_augment(images, host, values)
         # One group for each operation, or two by its sign: all its images share one strength.
-        operation, sign = host[:, :, 0], host[:, :, 1]
+        operation, is_negative = host[..., 0].to(torch.int64), host[..., 1] < 0
         is_signed = torch.tensor([is_signed for _, _, is_signed in STRENGTHS.values()])
-        groups = 2 * operation + (is_signed[operation] & (sign < 0))
-        sides = {"TranslateX": images.shape[3], "TranslateY": images.shape[2]}
+        groups = 2 * operation + (is_signed[operation] & is_negative)
         functions = []
-        for name, value in zip(self.operations, self.values, strict=True):
-            if self.translate_relative and name in sides:
-                value = self.magnitude * 100 * sides[name] / (30 * 224)
+        for name, value in values:
             for sign in (1, -1):
                 signed = sign * value if STRENGTHS[name][2] else value
-                functions.append(partial(_operate, self.operations[name], signed, centres))
+                functions.append(partial(_operate, self.operations[name], signed, host[..., 2:]))
         return apply_in_groups(images, groups, functions)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from assertions import assert_equal, assert_frequency, seeded
 from common.augment.base import Augmentation, Chain, Draws, RandomApply
 from common.augment.blur import GaussianBlur, gaussian_blur
+from common.augment.colour import ColorJitter, RandomGrey
 from common.augment.crop import RandomFlip
 from common.augment.grid_shuffle import GridShuffle
 from common.augment.randaugment import RandAugment
@@ -297,6 +298,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
         RandomFlip(), GaussianBlur(), RandomApply(RandomApply(GridShuffle(3), 0.7), 0.5)
     ),
 }
+AUGMENTATIONS["jitter and grey"] = Chain(ColorJitter(0.4, 0.4, 0.4, 0.1, 0.8), RandomGrey(0.2))
 every_augmentation = pytest.mark.parametrize("name", AUGMENTATIONS)
 
 
@@ -348,6 +350,7 @@ def test_the_same_image_many_times_becomes_many(name: str) -> None:
     results = {bytes(image.flatten().tolist()) for image in AUGMENTATIONS[name](images, seeded(25))}
     # A flip has two outcomes; about half the images are neither blurred nor shuffled.
     least = {"flip": 2, "blur": 20, "shuffled or left": 20, "one of two": 40, "chain": 40}
+    least["jitter and grey"] = 40
     assert len(results) >= least.get(name, 60)
 
 
@@ -361,3 +364,15 @@ def test_apply_reads_no_value_from_the_device(name: str) -> None:
     assert result.device.type == "meta"
     assert result.shape == images.shape
     assert result.dtype == torch.uint8
+
+
+@every_augmentation
+def test_a_gpus_way_makes_the_same_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images computed and chosen by masks, where a CPU sorts them."""
+    augmentation, images = AUGMENTATIONS[name], cached_pictures(60, ODD_SIZE)
+    draws = augmentation.draw(60, ODD_SIZE, seeded(27))
+    expected = augmentation.apply(images, Draws.of(draws))
+    monkeypatch.setattr(Draws, "is_on_cpu", False)
+    before = images.clone()
+    assert_equal(augmentation.apply(images, Draws.of(draws)), expected, f"{name} on a GPU")
+    assert_equal(images, before, "the input")

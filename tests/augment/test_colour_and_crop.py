@@ -30,6 +30,8 @@ from common.augment.colour import (
     contrast_,
     grey,
     hue_,
+    jitter_parameters,
+    jittered,
     saturation_,
 )
 from common.augment.crop import RandomResizedCropFlip, draw_crops, resize_centre_crop
@@ -188,6 +190,20 @@ def test_jitter_is_pillows_in_the_drawn_order(hue: float) -> None:
     skipped = draws[:, 0] < 0
     assert 10 <= int(skipped.sum()) <= 40
     assert_equal(result[skipped], images[skipped], "images that are not jittered")
+
+
+@pytest.mark.parametrize("size", [(32, 32), ODD_SIZE, (1, 1), (224, 224)], ids=str)
+def test_a_gpus_steps_make_the_same_jitter(size: Size) -> None:
+    """Every order, with and without jitter; hue by up to half a turn, factors from 0 to 2.5."""
+    count = 15 if size == (224, 224) else 240
+    images = cached_pictures(count, size)
+    jitter = ColorJitter(1, 1.5, 1.5, 0.5, probability=0.8)
+    draws = jitter.draw(count, size, seeded(5))
+    draws[:4, 4] = torch.tensor([0.0, 1.0, 0.6, 1.4])
+    before = images.clone()
+    result = jittered(images, jitter_parameters(draws))
+    assert_equal(images, before, "the input")
+    assert_equal(result, jitter.apply(images, Draws.of(draws)), "ColorJitter on a GPU")
 
 
 @lru_cache

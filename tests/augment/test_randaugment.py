@@ -15,6 +15,7 @@ from assertions import assert_equal, assert_frequency, seeded
 from common.augment.base import Draws
 from common.augment.operations import OPERATIONS
 from common.augment.randaugment import RandAugment
+from common.augment.randaugment_gpu import rand_augment
 from pillow_reference import CUTOUT_COLOUR, STRENGTHS, WITHOUT_STRENGTH, pictures, strength
 
 torch.set_num_threads(1)
@@ -319,6 +320,26 @@ def test_rand_augment_is_pillow_on_the_same_draws(
     assert_equal(result, expected, what)
     result.fill_(77)
     assert_equal(images, before.cpu(), f"{what} shares memory with its input")
+
+
+@pytest.mark.parametrize("size", [(32, 32), ODD_SIZE, (2, 5), (224, 224)], ids=str)
+@pytest.mark.parametrize("magnitude", TELLING_MAGNITUDES)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_gpus_families_of_operations_equal_the_cpus(
+    magnitude: int, size: tuple[int, int], relative: bool
+) -> None:
+    """All operations, both signs, all kinds of pictures, in three turns; also one image alone."""
+    count = 16 if size == (224, 224) else 480
+    images = cached_pictures(count, size)
+    augment = RandAugment(3, magnitude, relative)
+    draws = augment.draw(count, size, seeded(17))
+    expected = augment.apply(images, Draws.of(draws))
+    before = images.clone()
+    values = augment.values(*size)
+    for rows in (slice(None), slice(0, 1), slice(1, 2), slice(2, 9)):
+        result = rand_augment(images[rows], draws[rows].unflatten(1, (3, 4)), values)
+        assert_equal(result, expected[rows], f"M = {magnitude} at {size}, rows {rows}")
+    assert_equal(images, before, "the input")
 
 
 @pytest.mark.parametrize("magnitude", ALL_MAGNITUDES)
