@@ -44,7 +44,9 @@ class Saved:
             Saved.bytes -= self.size
 
 
-def peak_bytes(network: nn.Module, views: Views, together: bool) -> tuple[int, list[Tensor]]:
+def peak_bytes(
+    network: nn.Module, views: Views, reverse_weight: float, together: bool
+) -> tuple[int, list[Tensor]]:
     """The largest number of bytes saved at a time during a step, and the gradients."""
     kept = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
@@ -57,7 +59,7 @@ def peak_bytes(network: nn.Module, views: Views, together: bool) -> tuple[int, l
     Saved.peak = 0
     network.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        parts = loss_parts(network, network, views, "dssl", pair_loss, 0.1)
+        parts = loss_parts(network, network, views, "dssl", pair_loss, reverse_weight)
         if together:
             sum(part.loss for part in list(parts)).backward()
         else:
@@ -66,34 +68,40 @@ def peak_bytes(network: nn.Module, views: Views, together: bool) -> tuple[int, l
     return Saved.peak, [parameter.grad.clone() for parameter in network.parameters()]
 
 
-def show(name: str, make: Callable[[], nn.Module], batch: int, size: int) -> None:
+def show(
+    name: str, make: Callable[[], nn.Module], reverse_weight: float, batch: int, size: int
+) -> None:
     torch.manual_seed(0)
     network = make().to(memory_format=torch.channels_last)
     shape = (batch, 3, size, size)
     views = Views(*(torch.randn(shape).to(memory_format=torch.channels_last) for _ in range(4)))
-    whole, expected = peak_bytes(network, views, together=True)
-    parts, gradients = peak_bytes(network, views, together=False)
+    whole, expected = peak_bytes(network, views, reverse_weight, together=True)
+    parts, gradients = peak_bytes(network, views, reverse_weight, together=False)
     apart = max(
         float((ours - theirs).norm() / theirs.norm())
         for ours, theirs in zip(gradients, expected, strict=True)
         if float(theirs.norm()) > 1e-6
     )
-    print(f"saved activations of a dssl step, {name}, batch {batch}  [{machine()}]")
+    what = f"{name}, reverse weight {reverse_weight}, batch {batch}"
+    print(f"saved activations of a dssl step, {what}  [{machine()}]")
     print(f"  all parts until one backward   {whole / 2**20:8.1f} MiB   1.00 ×")
     print(f"  each part backward at once     {parts / 2**20:8.1f} MiB   {parts / whole:.2f} ×")
     print(f"  largest relative difference of a tensor's gradient: {apart:.1e}")
 
 
 if __name__ == "__main__":
-    show(
-        "ResNet-18 at 32 px (simsiam_cifar10)",
-        lambda: CifarSimSiam("resnet18", 64, 2048, 512),
-        batch=32,
-        size=32,
-    )
+    for reverse_weight in (0.1, 0.0):
+        show(
+            "ResNet-18 at 32 px (simsiam_cifar10)",
+            lambda: CifarSimSiam("resnet18", 64, 2048, 512),
+            reverse_weight,
+            batch=32,
+            size=32,
+        )
     show(
         "ResNet-50 at 224 px (simsiam_imagenet)",
         lambda: ImageNetSimSiam("resnet50", 2048, 512),
+        0.0,
         batch=8,
         size=224,
     )

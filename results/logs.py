@@ -47,7 +47,7 @@ def summary(values: list[float]) -> str:
 
 
 def raw_pixels() -> dict[str, float]:
-    """The kNN accuracies that raw_pixels.py printed, by what they are of."""
+    """The kNN accuracies that raw_pixels.py printed, by the name in its lines."""
     path = RESULTS / "raw_pixels.txt"
     lines = path.read_text().splitlines() if path.exists() else []
     pairs = [line.removesuffix(" %").split(": kNN ") for line in lines]
