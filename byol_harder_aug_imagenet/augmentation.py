@@ -14,7 +14,7 @@ from common.augment.imagenet import CROP_SCALE
 from common.augment.randaugment import RandAugment
 
 
-def whole_augmentation(num_ops: int, magnitude: int) -> Augmentation | None:
+def whole_augmentation(num_ops: int, magnitude: int) -> RandAugment | None:
     """T's first part, on the whole photograph: RandAugment(N, M); none for N = 0."""
     return RandAugment(num_ops, magnitude) if num_ops else None
 

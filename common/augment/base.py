@@ -248,8 +248,9 @@ class RandomApply(Augmentation):
         own = [Draws(host, device) for host, device in zip(*parts, strict=True)]
         if not draws.is_on_cpu:
             chosen = per_image(draws.device[:, 0] == 0)
-            pairs = zip(self.choices, own, strict=True)
-            made = [choice.apply(images, its) for choice, its in pairs]
+            made = [
+                choice.apply(images, its) for choice, its in zip(self.choices, own, strict=True)
+            ]
             return torch.where(chosen, made[0], made[1] if len(made) == 2 else images)
         group = draws.host[:, 0].to(torch.int64)
         functions = []

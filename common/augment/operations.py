@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from common.augment.affine import affine, rotation, shear_along_x, shear_along_y
 from common.augment.base import constant, levels_type, to_uint8
 from common.augment.colour import blend, brightness_, contrast_, saturation_
 
@@ -24,59 +24,50 @@ def _look_up(images: Tensor, table: Tensor) -> Tensor:
     return table.gather(2, images.flatten(2).long()).view_as(images)
 
 
-@lru_cache(maxsize=4)
-def stretch_tables(device: torch.device) -> Tensor:
-    """Tables that stretch low..high to 0..255, uint8 `[256, 256, 256]` by (low, high, value).
+def stretch_tables(low: Tensor, high: Tensor) -> Tensor:
+    """AutoContrast's tables, which stretch low..high to 0..255: int64 `[…]` to uint8 `[…, 256]`.
 
-    Made on the CPU in float64, since Pillow's own rounding errors decide where a table steps and
-    not every device has float64. 16 MiB, kept.
+    In float64, since Pillow's own rounding errors decide where a table steps; on a CPU.
     """
     value = torch.arange(256, dtype=torch.float64)
-    high = value[:, None]
-    tables = torch.empty(256, 256, 256, dtype=torch.uint8)
-    for low in range(256):  # one by one, at 512 KiB of float64 a time
-        # Tensor by tensor: torch turns number / tensor into a product with the reciprocal.
-        scale = torch.full_like(high, 255.0) / (high - low)
-        table = value * scale
-        table += -low * scale
-        table = table.nan_to_num_().clamp_(0, 255).to(torch.uint8)
-        tables[low] = torch.where(high > low, table, value.to(torch.uint8))
-    return tables.to(device)
+    low, high = low.to(torch.float64)[..., None], high.to(torch.float64)[..., None]
+    # Tensor by tensor: torch turns number / tensor into a product with the reciprocal.
+    scale = torch.full_like(high, 255.0) / (high - low)
+    table = value * scale
+    table += -low * scale
+    table = table.nan_to_num_().clamp_(0, 255)
+    return torch.where(high > low, table, value).to(torch.uint8)
 
 
 def auto_contrast(images: Tensor, value: float = 0.0) -> Tensor:
     """Stretch each channel to 0..255; `value` has no effect."""
     channels = images.flatten(2)
-    low, high = channels.amin(2).long(), channels.amax(2).long()
-    return _look_up(images, stretch_tables(images.device)[low, high])
+    return _look_up(images, stretch_tables(channels.amin(2), channels.amax(2)))
 
 
 def equalize(images: Tensor, value: float = 0.0) -> Tensor:
     """Flatten each channel's histogram; `value` has no effect."""
-    levels = images.flatten(2)
-    pixels = levels.long()
-    tables = equalize_tables(pixels, levels.amax(2, keepdim=True).long())
-    return tables.to(torch.uint8).gather(2, pixels).view_as(images)
+    pixels = images.flatten(2).long()
+    return equalize_tables(histograms(pixels)).gather(2, pixels).view_as(images)
 
 
-def equalize_tables(pixels: Tensor, top: Tensor) -> Tensor:
-    """What Equalize makes of each level of each channel.
-
-    Args:
-        pixels: int64 `[B, 3, H·W]`.
-        top: int64 `[B, 3, 1]`, the highest level that occurs.
-
-    Returns:
-        int64 `[B, 3, 256]`, 0..255.
-    """
-    histogram = torch.zeros(*pixels.shape[:2], 256, dtype=torch.int32, device=pixels.device)
+def histograms(pixels: Tensor) -> Tensor:
+    """How often each level occurs in each channel: int64 `[B, 3, H·W]` to int32 `[B, 3, 256]`."""
+    counts = torch.zeros(*pixels.shape[:2], 256, dtype=torch.int32, device=pixels.device)
     ones = torch.ones(1, dtype=torch.int32, device=pixels.device).expand_as(pixels)
-    histogram.scatter_add_(2, pixels, ones)
-    below = histogram.cumsum(2) - histogram
-    step = torch.div(below.gather(2, top), 255, rounding_mode="floor")
+    return counts.scatter_add_(2, pixels, ones)
+
+
+def equalize_tables(histograms: Tensor) -> Tensor:
+    """Equalize's tables for histograms: integer `[…, 256]` to uint8 `[…, 256]`."""
+    below = histograms.cumsum(-1) - histograms
+    # All pixels but those of the highest level that occurs.
+    lower = (below * (histograms > 0)).amax(-1, keepdim=True)
+    step = torch.div(lower, 255, rounding_mode="floor")
     half = torch.div(step, 2, rounding_mode="floor")
     tables = torch.div(below + half, step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
-    return torch.where(step > 0, tables, torch.arange(256, device=pixels.device))
+    unchanged = torch.arange(256, device=histograms.device)
+    return torch.where(step > 0, tables, unchanged).to(torch.uint8)
 
 
 def invert(images: Tensor, value: float = 0.0) -> Tensor:
@@ -158,45 +149,6 @@ def brightness(images: Tensor, value: float) -> Tensor:
     return to_uint8(brightness_(images.to(levels_type()), value))
 
 
-def _fixed(number: float) -> int:
-    """Pillow's 16.16 fixed point."""
-    return math.floor(number * 65536.0 + 0.5)
-
-
-def _affine_source(
-    matrix: tuple[float, float, float, float, float, float],
-    height: int,
-    width: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Where each output pixel comes from under Pillow's nearest-neighbour affine transform.
-
-    Returns:
-        The source pixel's index in the flattened image, int64 `[H·W]`, 0 where it lies outside;
-        and uint8 `[H·W]`, 1 where it lies inside.
-    """
-    a, b, c, d, e, f = matrix
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    source_x = (_fixed(c + a * 0.5 + b * 0.5) + _fixed(a) * x + _fixed(b) * y) >> 16
-    source_y = (_fixed(f + d * 0.5 + e * 0.5) + _fixed(d) * x + _fixed(e) * y) >> 16
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    index = torch.where(inside, source_y * width + source_x, 0)
-    return index.flatten().to(device), inside.flatten().to(torch.uint8).to(device)
-
-
-# A training's views have one size, and a few matrices.
-_kept_affine_source = lru_cache(maxsize=32)(_affine_source)
-
-
-def _affine(images: Tensor, matrix: tuple[float, float, float, float, float, float]) -> Tensor:
-    height, width = images.shape[2:]
-    # Whole photographs come in any size: keeping theirs would cost gigabytes and serve nothing.
-    source = _kept_affine_source if height * width <= 2**16 else _affine_source
-    index, inside = source(matrix, height, width, images.device)
-    pixels = images.flatten(2)
-    return pixels.gather(2, index.expand_as(pixels)).mul_(inside).view_as(images)
-
-
 def rotate(images: Tensor, value: float) -> Tensor:
     """Rotate counter-clockwise by `value` degrees about the centre; black fill, size kept."""
     height, width = images.shape[2:]
@@ -207,28 +159,21 @@ def rotate(images: Tensor, value: float) -> Tensor:
         return images.flip((2, 3))
     if angle in (90, 270) and height == width:
         return images.rot90(1 if angle == 90 else 3, (2, 3))
-    radians = -math.radians(angle)
-    cosine, sine = round(math.cos(radians), 15), round(math.sin(radians), 15)
-    minus_sine = round(-math.sin(radians), 15)
-    x, y = width / 2, height / 2
-    # Pillow's order: the centre taken to the origin, then brought back.
-    c = (cosine * -x + sine * -y + 0.0) + x
-    f = (minus_sine * -x + cosine * -y + 0.0) + y
-    return _affine(images, (cosine, sine, c, minus_sine, cosine, f))
+    return affine(images, rotation(value, height, width))
 
 
 def shear_x(images: Tensor, value: float) -> Tensor:
     """Shift row y by `value` · y pixels; black fill."""
     if value == 0:
         return images.clone()
-    return _affine(images, (1.0, value, 0.0, 0.0, 1.0, 0.0))
+    return affine(images, shear_along_x(value))
 
 
 def shear_y(images: Tensor, value: float) -> Tensor:
     """Shift column x by `value` · x pixels; black fill."""
     if value == 0:
         return images.clone()
-    return _affine(images, (1.0, 0.0, 0.0, value, 1.0, 0.0))
+    return affine(images, shear_along_y(value))
 
 
 def _translate(images: Tensor, value: float, dimension: int) -> Tensor:

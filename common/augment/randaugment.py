@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from common.augment.base import Augmentation, Draws, apply_in_groups
 from common.augment.operations import OPERATIONS, cutout, sharpened_inside, sharpness
 from common.augment.randaugment_gpu import rand_augment
+from common.augment.randaugment_photograph import Step, rand_augment_crop
 from common.runtime.errors import UserError
 
 # Strength at M = 0 and at M = 30, and whether its sign is drawn.
@@ -103,6 +104,26 @@ class RandAugment(Augmentation):
                 signed = sign * value if STRENGTHS[name][2] else value
                 functions.append(partial(_operate, self.operations[name], signed, host[..., 2:]))
         return apply_in_groups(images, groups, functions)
+
+    def crop(self, photograph: Tensor, box: Sequence[float], generator: torch.Generator) -> Tensor:
+        """Draw for one photograph, and return a part of the result, as fast as one image goes.
+
+        Args:
+            photograph: uint8 `[3, H, W]`, on the CPU.
+            box: top, left, height and width of the part, pixels.
+
+        Returns:
+            uint8 `[3, height, width]`.
+        """
+        size = (photograph.shape[1], photograph.shape[2])
+        values = self.values(*size)
+        steps = []
+        draws = self.draw(1, size, generator).view(self.num_ops, 4)
+        for operation, sign, *centre in draws.tolist():
+            name, value = values[int(operation)]
+            steps.append(Step(name, sign * value if STRENGTHS[name][2] else value, tuple(centre)))
+        top, left, height, width = (int(edge) for edge in box)
+        return rand_augment_crop(photograph, steps, (left, top, left + width, top + height))
 
 
 def _operate(

@@ -18,6 +18,7 @@ from common.augment.operations import (
     OPERATIONS,
     cutout_box,
     equalize_tables,
+    histograms,
     smooth,
     stretch_tables,
 )
@@ -89,20 +90,27 @@ def _sources(values: Values, height: int, width: int, device: torch.device) -> T
     return (red | green << 8 | blue << 16).to(device)
 
 
+@lru_cache(maxsize=4)
+def _stretch_tables(device: torch.device) -> Tensor:
+    """AutoContrast's tables, uint8 `[256, 256, 256]` by (low, high, level): not every GPU has
+    float64.
+    """
+    low, high = torch.arange(256)[:, None], torch.arange(256)
+    return torch.cat([stretch_tables(part, high) for part in low.split(1)]).to(device)
+
+
 # These change a family's images in place, sorted by operation: uint8 `[n, 3, H, W]`.
 
 
 def _look_up(images: Tensor, tables: Tensor, stretched: int, equalized: int) -> None:
     """Map levels by tables, uint8 `[n, 3, 256]`; those of the first images are made here."""
     pixels = images.flatten(2).long()
-    both = stretched + equalized
-    if both:
-        low, top = pixels[:both].aminmax(dim=2)
     if stretched:
-        tables[:stretched] = stretch_tables(images.device)[low[:stretched], top[:stretched]]
+        low, high = pixels[:stretched].aminmax(dim=2)
+        tables[:stretched] = _stretch_tables(images.device)[low, high]
     if equalized:
-        tops = top[stretched:, :, None]
-        tables[stretched:both] = equalize_tables(pixels[stretched:both], tops)
+        both = stretched + equalized
+        tables[stretched:both] = equalize_tables(histograms(pixels[stretched:both]))
     images.copy_(tables.gather(2, pixels).view_as(images))
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.augment.base import Augmentation
 from common.augment.crop import draw_crops
+from common.augment.randaugment import RandAugment
 from common.data.decoding import BrokenFile, decode
 from common.data.in_memory import SHAPES_TEST, SHAPES_TRAIN
 from common.data.listing import Files, label_by_folder, list_images, require_batch
@@ -120,7 +120,7 @@ class RandomCrops(Dataset):
         scale: tuple[float, float],
         seed: int,
         skip_broken: bool,
-        whole: Augmentation | None = None,
+        whole: RandAugment | None = None,
     ) -> None:
         self.photographs = photographs
         self.count = count
@@ -145,7 +145,7 @@ class RandomCrops(Dataset):
         for box in draw_crops(self.count, size, self.scale, generator).tolist():
             shown = photograph
             if self.whole is not None:
-                shown = self.whole(photograph[None], generator)[0]
+                shown, box = self.whole.crop(photograph, box, generator), (0, 0, *box[2:])
             crops.append(crop(shown, box, self.size))
         return crops, used
 
