@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ class LARC(torch.optim.Optimizer):
     too, as in apex: a bias that starts from 0 takes a plain SGD step first, and a parameter that
     gets a zero gradient is moved by its momentum alone.
 
+    A group of parameters with `"adapts": False` is trained by plain SGD, g ← g + wd·p, such as
+    Barlow Twins' biases and BatchNorm parameters.
+
     Where a group's lr is a tensor `[K]`, its parameters `[K, …]` stack those of K models, and each
     model is trained as it would be alone: at its own rate, each ‖·‖ over its own slice.
 
@@ -37,6 +41,7 @@ class LARC(torch.optim.Optimizer):
         momentum: in [0, 1); no dampening, no Nesterov.
         weight_decay: wd, 0 or more.
         trust_coefficient: about ‖update‖/‖p‖ at a learning rate of 1, without momentum.
+        adapts: False for plain SGD.
     """
 
     def __init__(
@@ -46,39 +51,68 @@ class LARC(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
+        adapts: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
+            "adapts": adapts,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a checkpoint from before the option
+            group.setdefault("adapts", True)
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            decay, trust = group["weight_decay"], group["trust_coefficient"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                lr, over = group["lr"], tuple(range(p.dim()))
-                if isinstance(lr, Tensor):  # a model each slice: [K, 1, …] against [K, …]
-                    lr, over = lr.view(-1, *[1] * (p.dim() - 1)), over[1:]
-                p_norm = torch.linalg.vector_norm(p, dim=over, keepdim=True)
-                g_norm = torch.linalg.vector_norm(p.grad, dim=over, keepdim=True)
-                rate = trust * p_norm / (g_norm + decay * p_norm + EPSILON)
-                # where, not if: Python's if would fetch both norms from the device.
-                adapts = (p_norm != 0) & (g_norm != 0)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            momenta = [self._momentum(p) for p in params]
+            decay, lr = group["weight_decay"], group["lr"]
+            stacked = isinstance(lr, Tensor)
+            torch._foreach_mul_(momenta, group["momentum"])
+            if group["adapts"]:
+                p_norms, g_norms = norms(params, stacked), norms(grads, stacked)
+                rates = group["trust_coefficient"] * p_norms / (g_norms + decay * p_norms + EPSILON)
+                # where, not if: Python's if would wait for both norms from the device.
+                adapts = (p_norms != 0) & (g_norms != 0)
                 # In place: the products of K models would take their weights' memory once more.
-                m = state["momentum_buffer"].mul_(group["momentum"])
-                m.addcmul_(p.grad, rate.where(adapts, 1))
+                for m, g, rate in zip(momenta, grads, rates.where(adapts, 1), strict=True):
+                    m.addcmul_(g, against(rate, g))
                 if decay:
-                    m.addcmul_(p, (decay * rate).where(adapts, 0))
-                if isinstance(lr, Tensor):
-                    p.addcmul_(m, lr, value=-1)
-                else:
-                    p.add_(m, alpha=-lr)
+                    decays = (decay * rates).where(adapts, 0)
+                    for m, p, rate in zip(momenta, params, decays, strict=True):
+                        m.addcmul_(p, against(rate, p))
+            else:
+                torch._foreach_add_(momenta, grads)
+                torch._foreach_add_(momenta, params, alpha=decay)
+            if stacked:
+                for p, m in zip(params, momenta, strict=True):
+                    p.addcmul_(m, against(lr, p), value=-1)
+            else:
+                torch._foreach_add_(params, momenta, alpha=-lr)
+
+    def _momentum(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+def norms(tensors: Sequence[Tensor], stacked: bool) -> Tensor:
+    """‖·‖ of each of n tensors, `[n]`, or of each of their K slices, `[n, K]`."""
+    if stacked:
+        return torch.stack([torch.linalg.vector_norm(t.flatten(1), dim=1) for t in tensors])
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def against(factor: Tensor, tensor: Tensor) -> Tensor:
+    """A factor `[]`, or `[K]` for the K slices of a tensor, so that it broadcasts over it."""
+    return factor.view(*factor.shape, *[1] * (tensor.dim() - factor.dim()))

@@ -24,14 +24,22 @@ def warmup_cosine(epoch: int, epochs: int, warmup_epochs: int, peak: float) -> f
     return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def cosine(epoch: int, epochs: int, peak: float) -> float:
-    """The ImageNet schedule, also the probes': `peak · ½(1 + cos(πe/E))`.
+def cosine(epoch: int, epochs: int, peak: float, warmup_epochs: int = 0) -> float:
+    """The ImageNet schedule, also linear evaluation's: `peak · ½(1 + cos(πe/E))`.
+
+    After a linear warm-up of w epochs, `peak · (e + 1)/w` while e < w, so that the w-th epoch has
+    the peak; then the cosine of the E − w other epochs, e counted from the end of the warm-up.
 
     Args:
         epoch: e, 0..epochs − 1.
-        peak: the learning rate of epoch 0.
+        epochs: E.
+        peak: the highest learning rate.
+        warmup_epochs: w, below `epochs`.
     """
-    return peak * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    if epoch < warmup_epochs:
+        return peak * (epoch + 1) / warmup_epochs
+    share = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def check_warmup(epochs: int, warmup_epochs: int) -> None:

@@ -175,6 +175,34 @@ def test_groups_keep_their_own_settings() -> None:
     assert_close(params[1:], by_hand(values[1:], [g[1:] for g in grads], [1, 1], 0.9, 0.2, 0.01))
 
 
+def test_a_group_that_does_not_adapt_is_plain_sgd() -> None:
+    """Beside a group that adapts, over three steps, at another rate and weight decay."""
+    values = random_tensors(0)
+    grads = [random_tensors(1 + i) for i in range(3)]
+    params, others = parameters(values), parameters(values[1:])
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:], "adapts": False, "lr": 0.5, "weight_decay": 0.25},
+    ]
+    optimiser = LARC(groups, 2.0, 0.9, weight_decay=0.1)
+    sgd = torch.optim.SGD(others, lr=0.5, momentum=0.9, weight_decay=0.25)
+    for step_grads in grads:
+        step(optimiser, params, step_grads)
+        step(sgd, others, step_grads[1:])
+    assert_close(params[:1], by_hand(values[:1], [g[:1] for g in grads], [2] * 3, 0.9, 0.1))
+    assert_close(params[1:], [p.detach().numpy() for p in others])
+
+
+def test_a_checkpoint_from_before_the_option_adapts() -> None:
+    params = parameters(random_tensors(0))
+    optimiser = LARC(params, 1.0, 0.9)
+    state = optimiser.state_dict()
+    del state["param_groups"][0]["adapts"]
+    optimiser.load_state_dict(state)
+    step(optimiser, params, random_tensors(1))
+    assert_close(params, by_hand(random_tensors(0), [random_tensors(1)], [1], 0.9, 0))
+
+
 def test_stacked_models_are_each_trained_as_alone() -> None:
     models = [random_tensors(10 + k, scale=10.0 ** (k - 1)) for k in range(3)]
     grads = [[random_tensors(20 + 3 * i + k) for k in range(3)] for i in range(4)]

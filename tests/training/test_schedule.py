@@ -55,3 +55,11 @@ def test_imagenets_cosine_starts_at_the_peak_and_never_reaches_zero() -> None:
     assert rates == pytest.approx(expected.tolist(), rel=1e-12)
     assert rates[0] == 0.1
     assert rates[-1] > 0
+
+
+def test_imagenets_warmup_reaches_the_peak_in_its_last_epoch() -> None:
+    expected = [0.6 * e / 10 for e in range(1, 11)]
+    expected += [0.3 * (1 + math.cos(math.pi * e / 90)) for e in range(90)]
+    rates = [cosine(epoch, 100, 0.6, warmup_epochs=10) for epoch in range(100)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert rates[9] == rates[10] == 0.6
