@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import resource
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.multiprocessing
+
+from common.runtime import ranks as distributed
+from common.runtime.ranks import Ranks
 
 
 def files(folder: Path) -> list[str]:
@@ -55,3 +62,26 @@ def limit_files_to(size: int | None) -> None:
 
     soft = resource.RLIM_INFINITY if size is None else size
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+
+
+def on_two_ranks(function: Callable[[Ranks], Any], folder: Path) -> list[Any]:
+    """What a test module's function gives on each of two processes that are joined by gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_on_a_rank, (function, port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _on_a_rank(rank: int, function: Callable[[Ranks], Any], port: int, folder: Path) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    ranks = distributed.start("cpu")
+    torch.save(function(ranks), folder / f"{rank}.pt")
+    distributed.finish()

@@ -54,12 +54,16 @@ class Ranks:
         local = batch_size // self.world_size
         return slice(self.rank * local, (self.rank + 1) * local)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module on this device; under several processes, in DDP (SyncBatchNorm on CUDA)."""
+    def wrap(self, module: nn.Module, *, sync_batch_norm: bool = True) -> nn.Module:
+        """The module on this device; under several processes, in DDP (SyncBatchNorm on CUDA).
+
+        Args:
+            sync_batch_norm: False: each process normalises by its own images' statistics.
+        """
         module = module.to(self.device)
         if self.world_size == 1:
             return module
-        if self.device.type == "cuda":
+        if sync_batch_norm and self.device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         with warnings.catch_warnings():
             # Newer releases have another name for broadcast_buffers and warn; older know only it.

@@ -1,4 +1,4 @@
-"""simclr_cifar10/loss.py against loops over single numbers in float64."""
+"""NT-Xent and InfoNCE against loops over single numbers in float64."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+import mocov2_imagenet.loss
+import simclr_cifar10.loss
+import simclr_imagenet.loss
+from common.losses import contrastive
 from common.runtime.ranks import Ranks
-from simclr_cifar10 import loss
 
 TEMPERATURE = 0.5
 SETTINGS = {"temperature": TEMPERATURE, "ranks": Ranks(0, 1, torch.device("cpu"))}
-nt_xent = partial(loss.nt_xent, **SETTINGS)
-pair_loss = partial(loss.pair_loss, **SETTINGS)
-LOSSES = [nt_xent, pair_loss]
+QUEUE = numpy.random.default_rng(7).normal(size=(6, 4))
+QUEUE /= numpy.sqrt((QUEUE**2).sum(axis=1, keepdims=True))
+nt_xent = partial(contrastive.nt_xent, **SETTINGS)
+info_nce = partial(contrastive.info_nce, **SETTINGS)
+with_queue = partial(
+    contrastive.info_nce_with_queue,
+    queue=torch.tensor(QUEUE, dtype=torch.float32),
+    temperature=TEMPERATURE,
+)
+LOSSES = [nt_xent, info_nce, with_queue]
 
 
 def cosine(a: ndarray, b: ndarray) -> float:
@@ -38,15 +48,28 @@ def nt_xent_by_hand(first: ndarray, second: ndarray, temperature: float = TEMPER
     return total / (2 * batch)
 
 
-def pull_by_hand(p: ndarray, z: ndarray, temperature: float = TEMPERATURE) -> float:
+def info_nce_by_hand(q: ndarray, k: ndarray, temperature: float = TEMPERATURE) -> float:
     total = 0.0
-    for index in range(len(p)):
-        sums = sum(math.exp(cosine(p[index], z[other]) / temperature) for other in range(len(z)))
-        total -= math.log(math.exp(cosine(p[index], z[index]) / temperature) / sums)
-    return 0.5 * total / len(p)
+    for index in range(len(q)):
+        sums = sum(math.exp(cosine(q[index], other) / temperature) for other in k)
+        total -= math.log(math.exp(cosine(q[index], k[index]) / temperature) / sums)
+    return total / len(q)
 
 
-BY_HAND = [(nt_xent, nt_xent_by_hand), (pair_loss, pull_by_hand)]
+def with_queue_by_hand(q: ndarray, k: ndarray, temperature: float = TEMPERATURE) -> float:
+    total = 0.0
+    for query, key in zip(q, k, strict=True):
+        positive = math.exp(cosine(query, key) / temperature)
+        negatives = sum(math.exp(cosine(query, other) / temperature) for other in QUEUE)
+        total -= math.log(positive / (positive + negatives))
+    return total / len(q)
+
+
+BY_HAND = [
+    (nt_xent, nt_xent_by_hand),
+    (info_nce, info_nce_by_hand),
+    (with_queue, with_queue_by_hand),
+]
 
 
 def batch(count: int = 5, seed: int = 0) -> tuple[ndarray, ndarray]:
@@ -64,12 +87,12 @@ def test_values_that_the_eye_can_check() -> None:
     # each of four anchors: e² against e² + 1 + 1, itself left out
     assert nt_xent(z, z).item() == pytest.approx(math.log(1 + 2 * math.exp(-2)), rel=1e-6)
     # each of two anchors: e² against e² + 1, the positive counted in
-    assert pair_loss(z, z).item() == pytest.approx(0.5 * math.log(1 + math.exp(-2)), rel=1e-6)
+    assert info_nce(z, z).item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
     # views of the same image opposite, the two images too: −2 against −2, and against 2, −2, −2
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     expected = math.log((math.exp(2) + 2 * math.exp(-2)) / math.exp(-2))
     assert nt_xent(z, -z).item() == pytest.approx(expected, rel=1e-6)
-    assert pair_loss(z, -z).item() == pytest.approx(0.5 * math.log(1 + math.exp(4)), rel=1e-6)
+    assert info_nce(z, -z).item() == pytest.approx(math.log(1 + math.exp(4)), rel=1e-6)
 
 
 @pytest.mark.parametrize(("ours", "by_hand"), BY_HAND)
@@ -89,7 +112,7 @@ def test_values_by_loops(
 def test_gradients_by_differences(
     ours: Callable[..., Tensor], by_hand: Callable[..., float]
 ) -> None:
-    """Of every coordinate; none reaches the target of a pair_loss, and both of NT-Xent's views."""
+    """Of every coordinate; both of NT-Xent's views get one, of InfoNCE's the queries alone."""
     first, second = batch()
     z_1, z_2 = leaves(first, second)
     ours(z_1, z_2).backward()
@@ -106,13 +129,13 @@ def test_gradients_by_differences(
         return result
 
     numpy.testing.assert_allclose(z_1.grad.numpy(), slopes(first), rtol=0, atol=1e-6)
-    if ours is pair_loss:
-        assert z_2.grad is None
-    else:
+    if ours is nt_xent:
         numpy.testing.assert_allclose(z_2.grad.numpy(), slopes(second), rtol=0, atol=1e-6)
+    else:
+        assert z_2.grad is None
 
 
-@pytest.mark.parametrize("ours", LOSSES)
+@pytest.mark.parametrize("ours", [nt_xent, info_nce])
 def test_one_image_has_nothing_to_be_told_from(ours: Callable[..., Tensor]) -> None:
     """Its positive is the whole sum, so that the loss is 0 and moves nothing."""
     z_1, z_2 = leaves(*batch(1))
@@ -120,6 +143,21 @@ def test_one_image_has_nothing_to_be_told_from(ours: Callable[..., Tensor]) -> N
     value.backward()
     assert value.item() == 0
     assert (z_1.grad == 0).all()
+
+
+def test_no_gradient_reaches_the_queue() -> None:
+    q, k, queue = leaves(*batch(), QUEUE)
+    with_queue(q, k, queue=queue).backward()
+    assert k.grad is None
+    assert queue.grad is None
+
+
+def test_the_experiments_weigh_a_pair_by_a_half() -> None:
+    q, k = leaves(*batch())
+    for experiment in (simclr_cifar10, simclr_imagenet):
+        assert experiment.loss.pair_loss(q, k, **SETTINGS) == 0.5 * info_nce(q, k)
+    settings = with_queue.keywords
+    assert mocov2_imagenet.loss.pair_loss(q, k, **settings) == 0.5 * with_queue(q, k)
 
 
 @pytest.mark.parametrize("ours", LOSSES)
