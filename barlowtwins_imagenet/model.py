@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from common.networks.resnet import Depth, imagenet_resnet
+from common.networks.siamese import Siamese
 
 
-class BarlowTwins(nn.Module):
-    """Backbone f, projector g: images `[B, 3, H, W]` to z = g(f(x)), float `[B, d]`.
+class BarlowTwins(Siamese):
+    """Barlow Twins over torchvision's ResNet: no predictor, so p is z.
 
     Args:
-        architecture: of the backbone, torchvision's.
-        projector_dim: of the projector's three layers, d.
+        architecture: of the backbone.
+        projector_dim: d, the dimension of each of the projector's three layers, and of z.
     """
 
     def __init__(self, architecture: Depth, projector_dim: int) -> None:
-        super().__init__()
-        self.backbone = imagenet_resnet(architecture)
+        backbone = imagenet_resnet(architecture)
         d = projector_dim
-        self.projector = nn.Sequential(
-            nn.Linear(self.backbone.feature_dim, d, bias=False),
+        projector = nn.Sequential(
+            nn.Linear(backbone.feature_dim, d, bias=False),
             nn.BatchNorm1d(d),
             nn.ReLU(inplace=True),
             nn.Linear(d, d, bias=False),
@@ -30,9 +30,7 @@ class BarlowTwins(nn.Module):
             nn.ReLU(inplace=True),
             nn.Linear(d, d, bias=False),
         )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        super().__init__(backbone, projector)
 
 
 def parameter_groups(network: nn.Module, bias_lr_scale: float) -> list[dict[str, Any]]:

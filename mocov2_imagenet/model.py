@@ -15,38 +15,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.networks.resnet import Depth, imagenet_resnet
+from common.networks.siamese import Siamese
 from common.runtime.ranks import Ranks, send
 
 
-class MoCo(nn.Module):
-    """Backbone f, projector g: images `[B, 3, H, W]` to queries or keys g(f(x)), float `[B, d]`.
+class MoCo(Siamese):
+    """MoCo v2's network over torchvision's ResNet: queries, or keys, are z; there is no predictor.
 
     Args:
-        architecture: of the backbone, torchvision's.
-        hidden_dim: of the projector, which has no BatchNorm.
-        projector_dim: d.
+        architecture: of the backbone.
+        hidden_dim: the dimension of the projector's hidden layer, which has no BatchNorm.
+        projector_dim: d, the dimension of queries and keys.
         norm_batch: how many images, one after the other, share BatchNorm's statistics.
     """
 
     def __init__(
         self, architecture: Depth, hidden_dim: int, projector_dim: int, norm_batch: int
     ) -> None:
-        super().__init__()
-        self.norm_batch = norm_batch
-        self.backbone = imagenet_resnet(architecture)
-        self.projector = nn.Sequential(
-            nn.Linear(self.backbone.feature_dim, hidden_dim),
+        backbone = imagenet_resnet(architecture)
+        projector = nn.Sequential(
+            nn.Linear(backbone.feature_dim, hidden_dim),
             nn.ReLU(inplace=True),
             nn.Linear(hidden_dim, projector_dim),
         )
+        super().__init__(backbone, projector)
+        self.norm_batch = norm_batch
 
-    def forward(self, images: Tensor) -> Tensor:
+    def project(self, images: Tensor) -> Tensor:
         features = [self.backbone(part) for part in images.split(self.norm_batch)]
         return self.projector(torch.cat(features))
 
 
 class ShuffledKeys:
     """Makes a step's keys: the ranks share the images of the batch in another order.
+
+    After the step's passes, `second` holds the second view's keys, those for the queue: of the
+    whole batch in its own order, float32 `[B · world_size, d]`.
 
     Args:
         key_pass: a view of some images to their keys, uint8 `[n, 3, H, W]` to float `[n, d]`.
@@ -55,19 +59,19 @@ class ShuffledKeys:
         ranks: whose shares make the global batch.
     """
 
+    second: Tensor
+
     def __init__(self, key_pass: Callable[[Tensor], Tensor], order: Tensor, ranks: Ranks) -> None:
         self.key_pass = key_pass
         self.order = send(order, ranks.device)
         self.ranks = ranks
-        # Of each view so far, the whole batch's in its own order: float32 [B · world_size, d].
-        self.made: list[Tensor] = []
 
     @torch.no_grad()
-    def of(self, view: Tensor, z: Tensor | None = None) -> Tensor:
+    def of(self, view: Tensor, q: Tensor | None) -> Tensor:
         """Keys of a view of this rank's images, uint8 `[B, 3, H, W]`.
 
         Args:
-            z: not needed; `loss_parts` gives it to every target.
+            q: the view's queries; None for the second view, which has none.
 
         Returns:
             float32 `[B, d]` of length 1 each, without graph.
@@ -75,5 +79,7 @@ class ShuffledKeys:
         rows = self.ranks.share(len(self.order))
         shuffled = self.ranks.join_batch(view)[self.order[rows]]
         keys = self.ranks.join_batch(F.normalize(self.key_pass(shuffled).float(), dim=1))
-        self.made.append(torch.empty_like(keys).index_copy_(0, self.order, keys))
-        return self.made[-1][rows]
+        keys = torch.empty_like(keys).index_copy_(0, self.order, keys)
+        if q is None:
+            self.second = keys
+        return keys[rows]

@@ -32,6 +32,7 @@ from common.data.batches import ImageBatches
 from common.data.in_memory import Dataset, load_images
 from common.dssl import loss_parts
 from common.evaluation.in_memory import Evaluation
+from common.losses.contrastive import nt_xent
 from common.networks.resnet import CifarDepth
 from common.runtime.precision import Precision
 from common.runtime.repository import REPOSITORY
@@ -55,7 +56,7 @@ from common.training.settings import (
 )
 from common.views import Regime, ViewMaker
 from simclr_cifar10.augmentation import heavy_augmentation
-from simclr_cifar10.loss import nt_xent, pair_loss
+from simclr_cifar10.loss import pair_loss
 from simclr_cifar10.model import SimCLR
 
 

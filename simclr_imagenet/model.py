@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from common.networks.head import head
 from common.networks.resnet import Depth, imagenet_resnet
+from common.networks.siamese import Siamese
 
 
-class SimCLR(nn.Module):
-    """Backbone f, projector g: images `[B, 3, H, W]` to z = g(f(x)), float `[B, d]`.
+class SimCLR(Siamese):
+    """SimCLR over torchvision's ResNet: no predictor, so p is z.
 
     Args:
-        architecture: of the backbone, torchvision's.
-        hidden_dim: of the projector.
-        projector_dim: d, of z.
+        architecture: of the backbone.
+        hidden_dim: the dimension of the projector's hidden layer.
+        projector_dim: d, the dimension of z.
     """
 
     def __init__(self, architecture: Depth, hidden_dim: int, projector_dim: int) -> None:
-        super().__init__()
-        self.backbone = imagenet_resnet(architecture)
-        self.projector = head(self.backbone.feature_dim, hidden_dim, projector_dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        backbone = imagenet_resnet(architecture)
+        super().__init__(backbone, head(backbone.feature_dim, hidden_dim, projector_dim))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.dssl import loss_parts
+from common.losses.contrastive import nt_xent
 from common.runtime.ranks import Ranks
 from common.views import Views
-from simclr_cifar10.loss import nt_xent
 from simsiam_cifar10.loss import pair_loss
 from simsiam_cifar10.model import SimSiam
 

@@ -71,9 +71,14 @@ class Run:
         self.log = RunLog(folder, asdict(config), config.fresh, self.ranks)
         self.saved: dict[str, Any] | None = self.log.load_checkpoint()
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """Move a network to the device (channels last), compile it if asked; DDP around it."""
-        model = self.ranks.wrap(network.to(memory_format=torch.channels_last))
+    def wrap(self, network: nn.Module, *, sync_batch_norm: bool = True) -> nn.Module:
+        """Move a network to the device (channels last), compile it if asked; DDP around it.
+
+        Args:
+            sync_batch_norm: as of `Ranks.wrap`.
+        """
+        network = network.to(memory_format=torch.channels_last)
+        model = self.ranks.wrap(network, sync_batch_norm=sync_batch_norm)
         self.compile(network)
         return model
 

@@ -30,6 +30,9 @@ EXPERIMENTS = {
     "simsiam_cifar10": {"projector_dim": 16, "predictor_dim": 8},
     "simsiam_imagenet": {"projector_dim": 16, "predictor_dim": 8},
     "byol_harder_aug_imagenet": {"hidden_dim": 16, "projector_dim": 8},
+    "simclr_imagenet": {"hidden_dim": 16, "projector_dim": 8},
+    "mocov2_imagenet": {"hidden_dim": 16, "projector_dim": 8, "norm_batch": 8, "queue_length": 64},
+    "barlowtwins_imagenet": {"projector_dim": 16},
 }
 SMALL = {"dataset": "shapes", "device": "meta", "batch_size": 16, "max_steps": 2}
 CIFAR = {"width": 8, "epochs": 2, "warmup_epochs": 0, "linear_epochs": 1}

@@ -1,4 +1,4 @@
-"""The two ImageNet experiments as a user types them, small: real JPEGs, workers, kills, ranks."""
+"""The ImageNet experiments as a user types them, small: real JPEGs, workers, kills, ranks."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ from scripts import assert_equal, command_line, kill, metrics, on_two_ranks, run
 EXPERIMENTS = {
     "simsiam_imagenet": {"projector-dim": 16, "predictor-dim": 8},
     "byol_harder_aug_imagenet": {"projector-dim": 8, "hidden-dim": 16},
+    "simclr_imagenet": {"projector-dim": 8, "hidden-dim": 16, "warmup-epochs": 0},
+    "mocov2_imagenet": {"projector-dim": 8, "norm-batch": 4, "queue-length": 20},
+    "barlowtwins_imagenet": {"projector-dim": 16, "warmup-epochs": 0},
+}
+PEAK_LRS = {
+    "simsiam_imagenet": 0.1,
+    "byol_harder_aug_imagenet": 0.1,
+    "simclr_imagenet": 0.3 * 8 / 256,
+    "mocov2_imagenet": 0.03,
+    "barlowtwins_imagenet": 0.3 * 8 / 256,
 }
 SMALL = {
     "backbone": "resnet18",
@@ -52,7 +62,7 @@ def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[s
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
     assert metrics(ours) == metrics(theirs)
-    for part in ("model", "optimiser", *(["target"] if "target" in state(theirs) else [])):
+    for part in state(theirs).keys() - {"config", "metrics_bytes"}:
         assert_equal(state(ours)[part], state(theirs)[part], part)
 
 
@@ -65,9 +75,12 @@ def test_killed_and_continued_is_the_same_run(
     assert "weights" in done.stdout
     rows = metrics(whole)
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.05])
+    peak = PEAK_LRS[experiment]
+    assert [row["lr"] for row in rows] == pytest.approx([peak, peak / 2])
     for row in rows:
-        assert row["loss"] == pytest.approx(row["symmetric"] + row["asymmetric"], abs=1e-6)
+        assert row["loss"] == pytest.approx(
+            row["symmetric"] + row["asymmetric"], rel=1e-6, abs=1e-6
+        )
         assert "reverse" not in row
     assert (whole / "views.png").exists()
 
@@ -89,7 +102,9 @@ def test_killed_and_continued_is_the_same_run(
         assert torch.equal(value, last[f"backbone.{name}"]), name
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", ["simsiam_imagenet", "byol_harder_aug_imagenet", "mocov2_imagenet"]
+)
 def test_two_ranks_killed_and_continued_end_with_the_same_weights(
     experiment: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -134,8 +149,11 @@ def test_a_broken_photograph_is_one_sentence(folder: Path, tmp_path: Path) -> No
 ERRORS = {
     "epochs": ({"epochs": 0}, "--epochs must be between 1 and"),
     "prefetch": ({"prefetch": 0}, "--prefetch must be between 1 and"),
-    "rate": ({"lr": math.nan}, "--lr must be between 0 and 1,000; it is nan"),
-    "batch": ({"dataset": "shapes", "batch_size": 6001}, "does not fit a set of 6000 images"),
+    "weight decay": (
+        {"weight_decay": math.nan},
+        "--weight-decay must be between 0 and 1; it is nan",
+    ),
+    "batch": ({"dataset": "shapes", "batch_size": 6016}, "does not fit a set of 6000 images"),
 }
 
 

@@ -18,6 +18,7 @@ from common.data.in_memory import ImageSet
 from common.dssl import loss_parts
 from common.evaluation.features import extract_features
 from common.evaluation.knn import knn_accuracy, knn_predict
+from common.losses.contrastive import nt_xent
 from common.networks.ema import make_target
 from common.runtime import ranks as distributed
 from common.runtime.errors import UserError
@@ -25,7 +26,6 @@ from common.runtime.ranks import Ranks, unwrap
 from common.training.meter import Meter
 from common.training.run_folder import RunLog
 from common.views import Views
-from simclr_cifar10.loss import nt_xent
 from simclr_cifar10.loss import pair_loss as info_nce
 from simclr_cifar10.model import SimCLR
 from simsiam_cifar10.loss import pair_loss

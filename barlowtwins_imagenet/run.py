@@ -1,0 +1,162 @@
+"""Barlow Twins with directional heavy augmentation on ImageNet (table 1, Barlow Twins column).
+
+    python run.py --data-root DIR          DSSL, 100 epochs, on every GPU of the machine
+    python run.py --regime baseline        standard views only
+    python run.py --regime joint           heavy views, symmetric loss
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST run.py …
+
+DIR holds train/<class>/*.jpg, or photographs without classes. The same command continues a run that
+was stopped. Edit the settings below, or set any of them on the command line.
+
+The paper's authors published no script for this column. Projector, λ, weight decay, the biases' own
+learning rate without adaptation or decay, warm-up and cosine, synchronised BatchNorm are Barlow
+Twins' published settings (Zbontar et al., 2021). This project chose: batch 512 for 100 epochs, the
+weights' learning rate, LARC in place of LARS, learning rates constant within an epoch, one T for
+both views (published: a pair of different ones), the heavy view as in simsiam_imagenet, and the
+asymmetric loss in loss.py.
+
+Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
+224 px (baseline and joint: two).
+Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 62.4, joint
+62.0, dssl 62.6.
+docs/measured.md says what was measured with this code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from barlowtwins_imagenet.augmentation import heavy_augmentation
+from barlowtwins_imagenet.loss import pair_loss
+from barlowtwins_imagenet.model import BarlowTwins, parameter_groups
+from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
+from common.data.batches import PhotographBatches
+from common.data.loader import Loading
+from common.data.photographs import RandomCrops, find_photographs
+from common.dssl import loss_parts
+from common.losses.cross_correlation import cross_correlation_loss
+from common.networks.resnet import Depth
+from common.runtime.errors import require
+from common.runtime.precision import Precision
+from common.runtime.repository import REPOSITORY
+from common.runtime.script import run_script
+from common.training.larc import LARC
+from common.training.run import Run
+from common.training.schedule import cosine
+from common.training.settings import (
+    BatchSize,
+    Count,
+    Decay,
+    Dimension,
+    Fraction,
+    Magnitude,
+    Minutes,
+    NumOps,
+    Pixels,
+    Positive,
+    Rate,
+    Seed,
+    Workers,
+)
+from common.views import Regime, ViewMaker
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    dataset: Literal["folder", "shapes"] = "folder"  # photographs, or generated shapes for trials
+    data_root: str = str(REPOSITORY / "data" / "imagenet")  # holds train/<class>/*, or photographs
+    image_size: Pixels = 224  # of a view
+    workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
+    prefetch: Positive = 4  # batches that each worker keeps ready
+    pin_memory: bool = True  # page-locked batches, with CUDA only
+    skip_broken: bool = False  # in place of a file that cannot be decoded use the next one
+    # views
+    regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1
+    heavy_randaug: tuple[NumOps, Magnitude] = (2, 9)  # N M of RandAugment(N, M), the heavy view
+    # model
+    backbone: Depth = "resnet50"  # torchvision's
+    projector_dim: Dimension = 8192  # of the projector's three layers; d, of z
+    # loss
+    off_diagonal_weight: Rate = 0.0051  # λ
+    # optimisation: LARC over SGD
+    epochs: Positive = 100  # of the whole schedule
+    warmup_epochs: Count = 10  # of linear warm-up; a cosine follows
+    batch_size: BatchSize = 512  # global, over all processes
+    base_lr: Rate = 0.3  # of weights, for a batch of 256; scales with the batch
+    bias_lr_scale: Rate = 0.016  # of biases and BatchNorm, × the weights' rate: 0.0048 for 256
+    momentum: Fraction = 0.9  # of SGD
+    weight_decay: Decay = 1e-6  # on weights
+    # run
+    max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
+    checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
+    seed: Seed = 0  # of weights, order and views
+    device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
+    precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
+    compile: bool = False  # torch.compile the network and the views' arithmetic
+    run_dir: str = ""  # default: runs/barlowtwins_imagenet/<regime>-seed<k> in the repository
+    fresh: bool = False  # start a new run; an earlier one in run_dir is moved aside
+
+
+def main(config: Config) -> None:
+    require(
+        config.warmup_epochs < config.epochs,
+        f"--warmup-epochs {config.warmup_epochs} must be less than --epochs {config.epochs}",
+    )
+    run = Run("barlowtwins_imagenet", config, every_gpu=True)
+
+    # data
+    source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)
+    photographs = find_photographs(*source, "train").photographs
+    size = (config.image_size, CROP_SCALE)
+    crops = RandomCrops(photographs, 2, *size, config.seed, config.skip_broken)
+    loading = Loading(config.workers, config.prefetch, config.pin_memory)
+    batches = PhotographBatches(crops, config.batch_size, loading, run.ranks)
+
+    # views
+    heavy = heavy_augmentation(*config.heavy_randaug)
+    view_maker = ViewMaker(standard_augmentation(), heavy, config.regime)
+
+    # model
+    torch.manual_seed(config.seed)
+    network = BarlowTwins(config.backbone, config.projector_dim)
+    model = run.wrap(network)
+
+    def forward(view: Tensor) -> tuple[Tensor, Tensor]:
+        with run.autocast():
+            return model(normalised(view))
+
+    # losses
+    settings = {"off_diagonal_weight": config.off_diagonal_weight, "ranks": run.ranks}
+    symmetric = partial(cross_correlation_loss, **settings)
+    asymmetric = partial(pair_loss, **settings)
+
+    # optimisation
+    peak_lr = config.base_lr * config.batch_size / 256
+    groups = parameter_groups(network, config.bias_lr_scale)
+    optimiser = LARC(groups, peak_lr, config.momentum, config.weight_decay)
+    parts = {"model": network, "optimiser": optimiser}
+
+    with run.training(parts, batches, view_maker) as training:
+        for epoch in training.epochs():
+            training.set_lr(cosine(epoch - 1, config.epochs, peak_lr, config.warmup_epochs))
+            for batch in training.steps(epoch):
+                views = view_maker.views(batch)
+                optimiser.zero_grad(set_to_none=True)
+                for part in loss_parts(
+                    model, forward, views, config.regime, asymmetric, symmetric_loss=symmetric
+                ):
+                    part.loss.backward()
+                    training.add(part)
+                optimiser.step()
+
+    training.finish()
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
