@@ -16,9 +16,10 @@ from common.runtime.compiler import require_compiler
 from common.runtime.errors import require
 from common.runtime.precision import Precision, autocast
 from common.runtime.repository import REPOSITORY
+from common.training.checkpoint import Stateful
 from common.training.run_folder import RunLog
 from common.training.settings import check_settings
-from common.training.training import Stateful, Training
+from common.training.training import Training
 from common.views import Regime, ViewMaker
 
 

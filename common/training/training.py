@@ -15,20 +15,13 @@ from common.dssl import Part
 from common.runtime import ranks as processes
 from common.runtime.errors import StopRequested
 from common.runtime.ranks import Ranks
+from common.training.checkpoint import Stateful, restore
 from common.training.meter import Meter, require_finite
 from common.training.picture import PICTURED, picture_views
 from common.training.progress import Bar, Progress
 from common.training.run_folder import RunLog
 from common.training.signals import StopFlag
 from common.views import ViewMaker
-
-
-class Stateful(Protocol):
-    """What can go into a checkpoint: a module, an optimiser."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
 
 
 class TrainingConfig(Protocol):
@@ -82,10 +75,9 @@ class Training:
 
         self.progress = Progress()
         if saved is not None:
-            self.progress = Progress(**saved["progress"])
+            self.progress = Progress.of(saved["progress"])
             self.progress.check_images(len(batches))
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+            restore(parts, saved, log.checkpoints.last)
         self.progress.images = len(batches)
         log.open(saved["metrics_bytes"] if saved else 0, self.progress.epoch)
         self.meter = Meter(ranks, self.progress.sums, self.progress.step)
