@@ -38,6 +38,13 @@ def serialise(state: Mapping[str, Any]) -> memoryview:
     return content.getbuffer()
 
 
+def on_cpu(state: Any) -> Any:
+    """The same dictionaries, with copies on the CPU of tensors that are elsewhere."""
+    if isinstance(state, Mapping):
+        return {name: on_cpu(value) for name, value in state.items()}
+    return state.cpu() if isinstance(state, torch.Tensor) else state
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values to the CPU; code in it is never executed.
 

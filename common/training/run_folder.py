@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -18,8 +17,9 @@ from common.runtime.errors import UserError, require
 from common.runtime.files import write_whole
 from common.runtime.output import say
 from common.runtime.ranks import Ranks
+from common.training.best import best_accuracy
 from common.training.board import Board
-from common.training.checkpoint import Checkpoints, read_checkpoint, serialise
+from common.training.checkpoint import Checkpoints, on_cpu, serialise
 from common.training.config_json import (
     is_empty,
     read_starts,
@@ -116,22 +116,11 @@ class RunLog:
         require_same_settings(state["config"], self.config, self.folder)
         rows = state.get("metrics")
         self._saved_rows = rows if isinstance(rows, str) else None
-        self._check_best(state["progress"])
+        known = state["progress"].get("best_knn")
+        if known is not None:
+            best = best_accuracy(self.folder / "best.pt", known, self.tell)
+            state["progress"]["best_knn"] = best
         return state
-
-    def _check_best(self, progress: dict[str, Any]) -> None:
-        """Let the best accuracy be the one that best.pt has, so that a better one replaces it."""
-        known = progress.get("best_knn")
-        if known is None:
-            return
-        path = self.folder / "best.pt"
-        try:
-            written = read_checkpoint(path).get("knn")
-            require(isinstance(written, float), f"{path} has no accuracy 'knn'")
-            progress["best_knn"] = min(known, written)
-        except UserError as error:
-            progress["best_knn"] = None
-            self.tell(f"warning: {error}; the next evaluation of kNN writes a new best.pt")
 
     def open(self, metrics_bytes: int, next_epoch: int) -> None:
         """Start logging where the checkpoint ends.
@@ -241,7 +230,7 @@ class RunLog:
         If the disk is full, the file is written with a later checkpoint. Arguments as in `save`.
         """
         if self.ranks.is_main:
-            self._write_file(name, serialise(_on_cpu(state)), must)
+            self._write_file(name, serialise(on_cpu(state)), must)
 
     def _write_file(self, name: str, content: memoryview, must: bool) -> None:
         self._waiting[name] = content
@@ -303,9 +292,3 @@ class RunLog:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def _on_cpu(state: Any) -> Any:
-    if isinstance(state, Mapping):
-        return {name: _on_cpu(value) for name, value in state.items()}
-    return state.cpu() if isinstance(state, torch.Tensor) else state
