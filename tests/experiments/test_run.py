@@ -207,6 +207,28 @@ def test_the_other_regimes_run_without_labels(folder: Path, tmp_path: Path, regi
     assert (run_dir / "backbone.pt").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_neither_a_full_disk_for_its_output_nor_a_renamed_folder_changes_a_run(
+    whole_run: Path, folder: Path, tmp_path: Path
+) -> None:
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.Popen(
+            command(folder, run_dir),
+            stdout=full,
+            stderr=full,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        while process.poll() is None and not (run_dir / "last.pt").exists():
+            time.sleep(0.002)
+        run_dir.rename(elsewhere)
+        assert process.wait(timeout=300) == 0
+    assert metrics(run_dir) == metrics(whole_run)
+    for name in ("last.pt", "backbone.pt"):
+        assert_equal(state(run_dir, name), state(whole_run, name), name)
+    assert (elsewhere / "last.pt").exists()
+
+
 def test_two_processes_continue_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
