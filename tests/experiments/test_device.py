@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.evaluation import test_runner
+from common.evaluation import in_memory, test_runner
 from common.networks.resnet import imagenet_resnet
 from common.training import training
 from common.training.run_folder import RunLog
@@ -88,6 +88,7 @@ def test_a_run_keeps_to_its_device(
 ) -> None:
     run = importlib.import_module(f"{experiment}.run")
     monkeypatch.setattr(training, "picture_views", lambda *arguments: None)
+    monkeypatch.setattr(in_memory, "show_neighbours", lambda *arguments: None)
     is_cifar = "cifar10" in experiment
     settings = {**SMALL, **(CIFAR if is_cifar else IMAGENET), **EXPERIMENTS[experiment]}
     with OneDevice():
