@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.runtime.errors import require
 
@@ -38,3 +39,14 @@ def require_compiler(device: torch.device) -> None:
         f"--compile needs Python's headers, and there is no {include / 'Python.h'}: install them "
         "(on Debian and Ubuntu, python3-dev), or run without --compile",
     )
+
+
+def compile_in_place(*modules: nn.Module) -> None:
+    """torch.compile each module, as one graph also inside DDP.
+
+    By default each module in DDP is split into a graph per bucket of gradients, to send the first
+    buckets during the backward pass. Of a step's several backward passes only the last sends any.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    for module in modules:
+        module.compile()

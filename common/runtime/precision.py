@@ -1,4 +1,4 @@
-"""bf16 autocast where the hardware multiplies it natively."""
+"""Precision of the arithmetic: bf16 autocast, and TF32 on CUDA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,29 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context for forward passes; losses leave it and compute in fp32."""
     enabled = precision == "bf16" or (precision == "auto" and has_native_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def shared_casts(device: torch.device) -> torch.autocast:
+    """The context of a training step, in which passes under `autocast` share the weights' casts.
+
+    Autocast keeps the bf16 copy of a weight until its outermost context ends. Without this one,
+    each forward pass would cast every weight again. Enter it once a step: after a change of the
+    weights the copies are out of date. Arithmetic outside `autocast` stays in fp32.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
+def choose_cuda_arithmetic() -> None:
+    """What fp32 arithmetic means on CUDA, and how cuDNN picks its algorithms.
+
+    Convolutions round their inputs to TF32 (10 bits of mantissa), PyTorch's default. They occur in
+    the network only, and are most of its work. Matrix products stay in full fp32: kNN and the
+    losses compare similarities by them. Convolutions have few different shapes, so cuDNN measures
+    its algorithms at the first use of each.
+    """
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.runtime.errors import UserError
 from common.runtime.memory import keep_freed_memory
+from common.runtime.precision import choose_cuda_arithmetic
+
+# Of every wait for other processes: it must outlast rank 0's download of a data set.
+TIME_LIMIT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,11 @@ class Ranks:
         local = batch_size // self.world_size
         return slice(self.rank * local, (self.rank + 1) * local)
 
-    def wrap(self, module: nn.Module, *, sync_batch_norm: bool = True) -> nn.Module:
-        """The module on this device; under several processes, in DDP (SyncBatchNorm on CUDA).
-
-        Args:
-            sync_batch_norm: False: each process normalises by its own images' statistics.
-        """
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on this device; with several processes, wrapped in DDP."""
         module = module.to(self.device)
         if self.world_size == 1:
             return module
-        if sync_batch_norm and self.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         with warnings.catch_warnings():
             # Newer releases have another name for broadcast_buffers and warn; older know only it.
             warnings.simplefilter("ignore", FutureWarning)
@@ -164,6 +163,7 @@ def start(device: str) -> Ranks:
     chosen = _pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        choose_cuda_arithmetic()
     if chosen.type == "cpu":
         keep_freed_memory()
     if world_size == 1:
@@ -171,7 +171,10 @@ def start(device: str) -> Ranks:
     if chosen.type == "mps":
         raise UserError("MPS trains in one process only; start without torchrun, or --device cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        is_cuda = chosen.type == "cuda"
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo", timeout=TIME_LIMIT, device_id=chosen if is_cuda else None
+        )
     return Ranks(dist.get_rank(), world_size, chosen)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from common.data.batches import Batches
+from common.networks.batch_norm import convert
 from common.runtime import ranks as processes
-from common.runtime.compiler import require_compiler
+from common.runtime.compiler import compile_in_place, require_compiler
 from common.runtime.errors import require
 from common.runtime.precision import Precision, autocast
 from common.runtime.repository import REPOSITORY
@@ -75,19 +76,22 @@ class Run:
     def wrap(self, network: nn.Module, *, sync_batch_norm: bool = True) -> nn.Module:
         """Move a network to the device (channels last), compile it if asked; DDP around it.
 
+        On CUDA its BatchNorm layers are replaced, in place, by `common.networks.batch_norm`'s. On a
+        CPU each process normalises with the statistics of its own images.
+
         Args:
-            sync_batch_norm: as of `Ranks.wrap`.
+            sync_batch_norm: on CUDA, use the statistics of all processes' images.
         """
-        network = network.to(memory_format=torch.channels_last)
-        model = self.ranks.wrap(network, sync_batch_norm=sync_batch_norm)
+        if self.device.type == "cuda":
+            convert(network, synchronised=sync_batch_norm)
+        model = self.ranks.wrap(network.to(memory_format=torch.channels_last))
         self.compile(network)
         return model
 
     def compile(self, *modules: nn.Module) -> None:
         """With `--compile`, compile modules in place."""
         if self.config.compile:
-            for module in modules:
-                module.compile()
+            compile_in_place(*modules)
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes, of the precision that was asked for."""

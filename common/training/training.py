@@ -14,6 +14,7 @@ from common.data.batches import Batch, Batches
 from common.dssl import Part
 from common.runtime import ranks as processes
 from common.runtime.errors import StopRequested
+from common.runtime.precision import shared_casts
 from common.runtime.ranks import Ranks
 from common.training.checkpoint import Stateful, restore
 from common.training.meter import Meter, require_finite
@@ -132,7 +133,8 @@ class Training:
         self.bar.start_epoch()
         last_save = time.monotonic()
         for batch in self.batches.epoch(epoch, self.meter.steps, self.steps_in(epoch)):
-            yield batch
+            with shared_casts(self.ranks.device):
+                yield batch
             due = time.monotonic() - last_save > 60 * self.config.checkpoint_minutes
             last_save = time.monotonic() if due else last_save
             self.meter.end_step(
