@@ -179,7 +179,7 @@ def steps(wrap: Callable[[nn.Module], nn.Module], ranks: Ranks) -> dict[str, Any
 
 
 def on_a_rank(ranks: Ranks) -> dict[str, Any]:
-    return steps(partial(ranks.wrap, sync_batch_norm=False), ranks)
+    return steps(ranks.wrap, ranks)
 
 
 def test_two_ranks_make_the_keys_and_the_gradients_of_one_process(tmp_path: Path) -> None:
