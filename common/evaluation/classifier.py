@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.runtime.errors import StopRequested, UserError, require
 from common.runtime.ranks import Ranks, unwrap
 from common.runtime.seeding import epoch_order, generator_for
-from common.training.checkpoint import Checkpoints, differences
+from common.training.checkpoint import Checkpoints, differences, restore
 from common.training.meter import Meter
 from common.training.signals import StopFlag
 
@@ -129,7 +129,7 @@ def train_classifier(
             checkpoint is of this backbone, other settings and not finished.
     """
     first_epoch = first_step = 0
-    state = checkpoints.load()
+    state = checkpoints.load({"identity": dict, "epoch": int, "step": int})
     require(
         ranks.agree(state and (state["identity"], state["epoch"], state["step"])),
         f"not every process finds the same {checkpoints.last}; put it on a file system that all "
@@ -138,8 +138,7 @@ def train_classifier(
     if state is not None and state["identity"] != identity:
         _require_finished(state, identity, checkpoints)
     elif state is not None:
-        unwrap(model).load_state_dict(state["classifier"])
-        optimiser.load_state_dict(state["optimiser"])
+        restore({"classifier": unwrap(model), "optimiser": optimiser}, state, checkpoints.last)
         first_epoch, first_step = state["epoch"], state["step"]
 
     def save(epoch: int, step: int) -> None:
@@ -184,7 +183,7 @@ def _require_finished(
 ) -> None:
     """Refuse to overwrite an unfinished classifier of the same backbone with other settings."""
     saved = state["identity"]
-    if saved.get("backbone") != identity["backbone"] or state["epoch"] == saved["epochs"]:
+    if saved.get("backbone") != identity["backbone"] or state["epoch"] == saved.get("epochs"):
         return
     raise UserError(
         f"{checkpoints.last} holds an unfinished classifier with other settings: "

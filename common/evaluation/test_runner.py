@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +36,10 @@ from common.runtime.precision import Precision, autocast
 from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
 from common.runtime.seeding import generator_for
-from common.training.checkpoint import Checkpoints, read_checkpoint
+from common.training.checkpoint import Checkpoints, first_line, read_checkpoint, require_entries
 from common.training.config_json import MAY_CHANGE
 from common.training.larc import LARC
+from common.training.metrics import append_once
 from common.training.schedule import cosine
 from common.training.signals import StopFlag
 
@@ -188,8 +188,7 @@ def main(config: Config) -> None:
             print(f"kNN accuracy     {result['knn']:.2f} %")
         print(f"  of {len(test_labels)} photographs; the backbone is unchanged, bit for bit")
         try:
-            with (folder / "linear.jsonl").open("a") as file:
-                file.write(json.dumps({**result, "config": asdict(config)}) + "\n")
+            append_once(folder / "linear.jsonl", {**result, "config": asdict(config)})
         except OSError as error:
             raise UserError(
                 f"{folder / 'linear.jsonl'} cannot be written ({error}); note the result above"
@@ -325,19 +324,20 @@ def load_backbone(path: Path, architecture: Depth) -> nn.Module:
     """
     state = read_checkpoint(path)
     if "model" in state:
+        require_entries(state, {"model": dict}, path)
         state = {
             name.removeprefix("backbone."): value
             for name, value in state["model"].items()
-            if name.startswith("backbone.")
+            if isinstance(name, str) and name.startswith("backbone.")
         }
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     backbone = imagenet_resnet(architecture)
     try:
         backbone.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+    except Exception as error:  # other content can raise anything
         raise UserError(
-            f"{path} does not fit a {architecture} ({reason}); name another with --backbone"
+            f"{path} does not fit a {architecture} ({first_line(error)}); name another with "
+            "--backbone"
         ) from error
     return backbone
 

@@ -174,7 +174,6 @@ class Checkpoints:
         folder: of both files.
         last, previous: their names.
         way_out: what a user can do if both are damaged.
-        entries: names and types of what a checkpoint must hold.
     """
 
     def __init__(
@@ -183,12 +182,10 @@ class Checkpoints:
         last: str = "last.pt",
         previous: str = "previous.pt",
         way_out: str = "start a new run with --fresh (nothing is deleted)",
-        entries: Mapping[str, type] | None = None,
     ) -> None:
         self.last = folder / last
         self.previous = folder / previous
         self.way_out = way_out
-        self.entries = entries or {}
         self._last_is_damaged = False
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -220,8 +217,11 @@ class Checkpoints:
         else:
             beside.replace(self.previous)
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, entries: Mapping[str, type]) -> dict[str, Any] | None:
         """The last checkpoint; if it is damaged, the previous one, with a warning; None: no file.
+
+        Args:
+            entries: names and types of what a checkpoint must hold.
 
         Raises:
             UserError: if there are checkpoints and none can be read, or the one that can is a file
@@ -239,7 +239,7 @@ class Checkpoints:
                 continue
             try:
                 state = _require_names(content, path)
-                require_entries(state, self.entries, path)
+                require_entries(state, entries, path)
             except UserError as error:
                 raise UserError(f"{error}; move it to another folder, or {self.way_out}") from error
             for problem in problems:

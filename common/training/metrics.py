@@ -107,6 +107,21 @@ class Metrics:
         return kept.decode()
 
 
+def append_once(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a file, unless the same one is the last: a command was typed again.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    line = json.dumps(dict(row)).encode() + b"\n"
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    if lines[-1:] == [line]:
+        return
+    is_cut = bool(lines) and not lines[-1].endswith(b"\n")  # by a full disk
+    with path.open("ab") as file:
+        file.write(b"\n" * is_cut + line)
+
+
 def _damage(found: bytes | None, expected: bytes) -> str:
     if found is None:
         return "was deleted or is not a regular file"

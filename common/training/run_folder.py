@@ -54,9 +54,7 @@ class RunLog:
         self.config = dict(config)
         self.fresh = fresh
         self.ranks = ranks
-        self.checkpoints = Checkpoints(
-            folder, entries={"config": dict, "metrics_bytes": int, "progress": dict}
-        )
+        self.checkpoints = Checkpoints(folder)
         self.config_path = folder / "config.json"
         self.metrics = Metrics(folder / "metrics.jsonl", self.tell)
         self._board = Board(folder / "tensorboard", self.tell)
@@ -99,7 +97,7 @@ class RunLog:
         if self.fresh:
             return None
         read_starts(self.config_path)  # refuses the folder of another program
-        state = self.checkpoints.load()
+        state = self.checkpoints.load({"config": dict, "metrics_bytes": int, "progress": dict})
         require(
             self.ranks.agree(state and (state["progress"], state["metrics_bytes"])),
             f"not every process finds the same checkpoint in {self.folder}; put --run-dir on a "

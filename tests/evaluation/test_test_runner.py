@@ -195,7 +195,7 @@ def test_cached_features_and_knn(folder: Path, weights: Path, tmp_path: Path) ->
 
     # On two ranks: nothing more to train, and the same counts.
     run(on_two_ranks(command(folder, weights, tmp_path, "--cache-features", "--knn")))
-    again = json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[1])
+    again = json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[-1])
     for name in ("top_1", "top_5", "knn"):
         assert again[name] == pytest.approx(row[name])
 
@@ -481,4 +481,13 @@ def test_every_format_of_weights_is_read(weights: Path, tmp_path: Path) -> None:
         load_backbone(weights, "resnet50")
     with pytest.raises(UserError, match="no such checkpoint"):
         load_backbone(tmp_path / "nothing.pt", "resnet18")
+    for content, message in (
+        ({"model": [1]}, "entry 'model' is a list"),
+        ({"model": {0: 1, "other.weight": 2}}, r"does not fit a resnet18 \(Missing key"),
+        ({**reference, "conv1.weight": 3}, r"does not fit a resnet18 \(While copying"),
+        (torch.zeros(3), "holds a Tensor"),
+    ):
+        torch.save(content, tmp_path / "wrong.pt")
+        with pytest.raises(UserError, match=message):
+            load_backbone(tmp_path / "wrong.pt", "resnet18")
     assert imagenet_resnet("resnet18").feature_dim == 512

@@ -29,6 +29,9 @@ torch.set_num_threads(1)
 State = dict[str, Any]
 
 
+ENTRIES = {"number": int, "model": dict}
+
+
 def state_of(number: int, elements: int = 1000) -> State:
     """A state from which its number can be told in every place."""
     return {"number": number, "model": {"weight": torch.full((elements,), float(number))}}
@@ -62,8 +65,8 @@ def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def test_nothing_to_continue_from(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path).load() is None
-    assert Checkpoints(tmp_path / "missing").load() is None
+    assert Checkpoints(tmp_path).load(ENTRIES) is None
+    assert Checkpoints(tmp_path / "missing").load(ENTRIES) is None
     with pytest.raises(UserError, match=r"last\.pt: no such checkpoint"):
         read_checkpoint(tmp_path / "last.pt")
 
@@ -75,7 +78,7 @@ def test_previous_is_the_one_before_last(tmp_path: Path, links: bool) -> None:
     for number in (2, 3, 4):
         checkpoints.save(state_of(number))
         assert files(tmp_path) == ["last.pt", "previous.pt"]
-        assert_is(checkpoints.load(), number)
+        assert_is(checkpoints.load(ENTRIES), number)
         assert_is(read_checkpoint(tmp_path / "previous.pt"), number - 1)
 
 
@@ -87,7 +90,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
         "progress": {"epoch": 7, "knn": None, "sums": {"loss": -0.1}, "name": "T̂", "flag": True},
     }
     Checkpoints(tmp_path).save(state)
-    loaded = Checkpoints(tmp_path).load()
+    loaded = Checkpoints(tmp_path).load({"progress": dict})
     assert loaded["progress"] == state["progress"]
     assert loaded["optimiser"]["param_groups"] == [{"lr": 0.1}]
     assert torch.equal(loaded["optimiser"]["state"][0]["momentum_buffer"], -weight)
@@ -99,10 +102,10 @@ def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
 def test_other_names_do_not_meet(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(state_of(1))
     linear = Checkpoints(tmp_path, "linear_last.pt", "linear_previous.pt")
-    assert linear.load() is None
+    assert linear.load(ENTRIES) is None
     linear.save(state_of(2))
     linear.save(state_of(3))
-    assert_is(Checkpoints(tmp_path).load(), 1)
+    assert_is(Checkpoints(tmp_path).load(ENTRIES), 1)
     assert files(tmp_path) == ["last.pt", "linear_last.pt", "linear_previous.pt"]
 
 
@@ -180,7 +183,7 @@ def test_kill_9_at_any_moment(tmp_path: Path, links: bool) -> None:
         receiving.close()
         sending.close()
 
-        state = Checkpoints(tmp_path).load()
+        state = Checkpoints(tmp_path).load(ENTRIES)
         assert state["number"] in (reported, reported + 1), "a checkpoint that was saved is lost"
         reached = state["number"]
         assert_is(state, reached)
@@ -230,10 +233,10 @@ def test_previous_takes_over_from_a_damaged_last(
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state_of(1))
     checkpoints.save(state_of(2))
-    assert_is(checkpoints.load(), 2)
+    assert_is(checkpoints.load(ENTRIES), 2)
     assert capsys.readouterr().out == ""
     damage(checkpoints.last, kind)
-    assert_is(checkpoints.load(), 1)
+    assert_is(checkpoints.load(ENTRIES), 1)
     (message,) = capsys.readouterr().out.splitlines()
     assert message.startswith(f"warning: {checkpoints.last} is damaged")
     assert message.endswith(f"continuing from {checkpoints.previous}")
@@ -250,7 +253,7 @@ def test_where_nothing_can_be_read_an_error_names_both(kind: str, tmp_path: Path
     damage(checkpoints.previous, kind)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError) as raised:
-        checkpoints.load()
+        checkpoints.load(ENTRIES)
     assert str(checkpoints.last) in str(raised.value)
     assert str(checkpoints.previous) in str(raised.value)
     assert "--fresh" in str(raised.value)
@@ -262,7 +265,7 @@ def test_a_damaged_last_alone(tmp_path: Path) -> None:
     checkpoints.save(state_of(1))
     damage(checkpoints.last, "cut off")
     with pytest.raises(UserError, match="--fresh"):
-        checkpoints.load()
+        checkpoints.load(ENTRIES)
 
 
 def test_a_missing_last_leaves_the_previous_one(tmp_path: Path) -> None:
@@ -270,7 +273,7 @@ def test_a_missing_last_leaves_the_previous_one(tmp_path: Path) -> None:
     checkpoints.save(state_of(1))
     checkpoints.save(state_of(2))
     checkpoints.last.unlink()
-    assert_is(checkpoints.load(), 1)
+    assert_is(checkpoints.load(ENTRIES), 1)
 
 
 def flipped_states(path: Path, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -342,7 +345,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(kind: str, tmp_path: Path
     checkpoints = Checkpoints(tmp_path)
     FORMATS[kind](state, checkpoints.last)
     with pytest.raises(UserError, match=r"last\.pt") as raised:
-        checkpoints.load()
+        checkpoints.load(ENTRIES)
     assert not proof.exists()
     # Nothing of torch's own message, which tells how to have it executed.
     assert not re.search("weights_only|trust|safe_globals", str(raised.value))
@@ -387,20 +390,23 @@ OTHERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_valid_file_of_another_kind_is_refused_and_kept(case: str, tmp_path: Path) -> None:
     content, message = OTHERS[case]
-    checkpoints = Checkpoints(tmp_path, entries={"number": int, "model": dict})
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state_of(1))
     checkpoints.save(state_of(2))
     torch.save(content, checkpoints.last)
     before = checkpoints.last.read_bytes()
     with pytest.raises(UserError, match=re.escape(message)) as raised:
-        checkpoints.load()
+        checkpoints.load(ENTRIES)
     assert str(checkpoints.last) in str(raised.value)
     assert checkpoints.last.read_bytes() == before
 
 
 def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "last.pt")
-    for read in (Checkpoints(tmp_path).load, lambda: read_checkpoint(tmp_path / "last.pt")):
+    for read in (
+        lambda: Checkpoints(tmp_path).load({}),
+        lambda: read_checkpoint(tmp_path / "last.pt"),
+    ):
 
         def refused(read: Callable[[], Any] = read) -> str:
             with pytest.raises(UserError) as raised:
@@ -459,10 +465,10 @@ def test_a_full_disk_leaves_the_last_one_and_no_litter(
             checkpoints.save(state_of(3, elements=10_000))
 
     in_child(run_out_of_room)
-    assert_is(checkpoints.load(), 2)
+    assert_is(checkpoints.load(ENTRIES), 2)
     assert files(tmp_path) == (["last.pt", "previous.pt"] if links else ["previous.pt"])
     checkpoints.save(state_of(3, elements=10_000))  # there is room again
-    assert_is(checkpoints.load(), 3)
+    assert_is(checkpoints.load(ENTRIES), 3)
     assert_is(read_checkpoint(checkpoints.previous), 2)
 
 
@@ -478,7 +484,7 @@ def test_a_disk_that_stays_full_collects_no_litter(tmp_path: Path) -> None:
                 checkpoints.save(state_of(number))
 
     in_child(run_out_of_room_twice)
-    assert_is(checkpoints.load(), 2)
+    assert_is(checkpoints.load(ENTRIES), 2)
     assert files(tmp_path) == ["last.pt", "previous.pt"]
     checkpoints.save(state_of(3))
     assert files(tmp_path) == ["last.pt", "previous.pt"]
@@ -504,7 +510,7 @@ def test_a_full_disk_at_the_very_first_one(tmp_path: Path) -> None:
         return files(tmp_path)
 
     assert in_child(run_out_of_room) == []
-    assert Checkpoints(tmp_path).load() is None
+    assert Checkpoints(tmp_path).load(ENTRIES) is None
 
 
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:

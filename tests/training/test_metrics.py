@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.training.metrics import Metrics
+from common.training.metrics import Metrics, append_once
 from processes import files
 
 ROWS = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
@@ -168,3 +168,13 @@ def test_nothing_waits_for_a_pipe(metrics: Metrics, told: list[str]) -> None:
     assert os.read(reader, 1) == b""
     os.close(reader)
     assert metrics.path.read_bytes() == TEXT
+
+
+def test_the_same_result_is_appended_once(tmp_path: Path) -> None:
+    path = tmp_path / "linear.jsonl"
+    for row in (*ROWS, ROWS[1], ROWS[0]):
+        append_once(path, row)
+    assert path.read_bytes() == TEXT + LINES[0]
+    path.write_bytes(TEXT + b'{"epo')
+    append_once(path, ROWS[1])
+    assert path.read_bytes().splitlines() == [*TEXT.splitlines(), b'{"epo', LINES[1][:-1]]
