@@ -69,7 +69,7 @@ def test_three_steps_against_a_plain_loop(
         queue_length=QUEUE,
         epochs=1,
         batch_size=BATCH,
-        lr=0.01,
+        lr=0.002,
         max_steps=3,
         device="cpu",
         precision="fp32",
@@ -82,7 +82,7 @@ def test_three_steps_against_a_plain_loop(
     queue = list(F.normalize(torch.randn(QUEUE, DIMENSION), dim=1))  # oldest first
     key_network = copy.deepcopy(network)
     start = copy.deepcopy(network.state_dict())
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-4)
     in_order = torch.arange(BATCH)
 
     def term(view: Tensor, keys: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def test_three_steps_against_a_plain_loop(
             moved = (parameter - start[key]).norm()
             assert moved > 0, f"{name} {key}"
             apart = (saved[name][key] - parameter).norm()
-            assert apart < 0.01 * moved, f"{name} {key}: {apart} of {moved}"
+            assert apart < 0.05 * moved, f"{name} {key}: {apart} of {moved}"
     held = saved["queue"]["keys"].roll(-int(saved["queue"]["position"]), dims=0)
     assert torch.allclose(held, torch.stack(queue), rtol=0, atol=1e-4)
     assert not torch.equal(network.projector[0].weight, key_network.projector[0].weight)
