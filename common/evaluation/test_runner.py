@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +40,16 @@ from common.training.config_json import MAY_CHANGE
 from common.training.larc import LARC
 from common.training.metrics import append_once
 from common.training.schedule import cosine
+from common.training.settings import (
+    BatchSize,
+    Count,
+    Fraction,
+    Pixels,
+    Rate,
+    Seed,
+    Workers,
+    check_settings,
+)
 from common.training.signals import StopFlag
 
 CROP_SCALE = (0.08, 1.0)  # area of a training crop, as a share of the photograph's
@@ -52,21 +61,21 @@ class Config:
     # data
     dataset: Literal["folder", "shapes"] = "folder"  # photographs, or generated shapes for a try
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, val/<class>/*
-    image_size: int = 224  # pixels; evaluation resizes to 8/7 of it and cuts the centre
-    workers: int = -1  # loader processes of each rank; -1: the machine's cores among its ranks
+    image_size: Pixels = 224  # pixels; evaluation resizes to 8/7 of it and cuts the centre
+    workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     skip_broken: bool = False  # in place of a training file that cannot be decoded take the next
     # model
     backbone: Depth = "resnet50"  # what was pretrained
     # optimisation: LARC over SGD, no weight decay
-    epochs: int = 90  # of a cosine, no warm-up
-    batch_size: int = 4096  # global, over all processes
-    base_lr: float = 0.1  # for a batch of 256; scales with the batch
-    sweep: tuple[float, ...] = ()  # several base_lr at once, a table; implies --cache-features
-    momentum: float = 0.9  # of SGD
+    epochs: Count = 90  # of a cosine, no warm-up
+    batch_size: BatchSize = 4096  # global, over all processes
+    base_lr: Rate = 0.1  # for a batch of 256; scales with the batch
+    sweep: tuple[Rate, ...] = ()  # several base_lr at once, a table; implies --cache-features
+    momentum: Fraction = 0.9  # of SGD
     cache_features: bool = False  # train on centre crops' features, extracted once into memory
     knn: bool = False  # weighted kNN too, on the features of centre crops; --epochs 0: only that
     # run
-    seed: int = 0  # of the classifier, order and crops
+    seed: Seed = 0  # of the classifier, order and crops
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
     precision: Precision = "auto"  # of the backbone: bf16 where the hardware has it, else fp32
     run_dir: str = ""  # for checkpoints and the result; default: the pretrained file's folder
@@ -74,12 +83,8 @@ class Config:
 
 def main(config: Config) -> None:
     # ---------------------------------------------------------------- setup
-    require(config.seed >= 0, "--seed is 0 or more")
+    check_settings(config)
     require(config.epochs >= 1 or config.knn, "--epochs is 1 or more, or 0 with --knn")
-    require(
-        all(0 <= base_lr < math.inf for base_lr in (config.base_lr, *config.sweep)),
-        "--base-lr and --sweep take base learning rates, finite and 0 or more",
-    )
     require(config.epochs >= 1 or not config.sweep, "--sweep needs --epochs of 1 or more")
     if config.sweep:
         config = replace(config, cache_features=True)

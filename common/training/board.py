@@ -50,7 +50,11 @@ class Board:
             first = min(first, max(1, rows[-1]["epoch"]))
         if not self.folder.exists():
             first = 0
-        self._writer = SummaryWriter(self.folder, purge_step=first)
+        try:
+            self._writer = SummaryWriter(self.folder, purge_step=first)
+        except UnicodeEncodeError:
+            self.tell(f"warning: TensorBoard cannot write to {self.folder}: the name is not UTF-8")
+            return
         for row in rows:
             if row["epoch"] >= first:
                 self.add(row)

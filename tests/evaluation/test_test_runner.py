@@ -443,19 +443,18 @@ def test_a_sweep_killed_and_continued_is_the_same(
     assert accuracies[0]["sweep"] == accuracies[1]["sweep"]
 
 
-RATES = "--base-lr and --sweep take base learning rates, finite and 0 or more"
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--sweep", "0.1", "-1"], RATES),
-        (["--sweep", "0.1", "inf"], RATES),
-        (["--base-lr", "-1"], RATES),
+        (["--sweep", "0.1", "-1"], "--sweep must be between 0 and 1,000; it is -1.0"),
+        (["--sweep", "0.1", "inf"], "--sweep must be between 0 and 1,000; it is inf"),
+        (["--base-lr", "-1"], "--base-lr must be between 0 and 1,000; it is -1.0"),
+        (["--batch-size", "-1"], "--batch-size must be between 1 and 1,048,576; it is -1"),
+        (["--batch-size", "0"], "--batch-size must be between 1 and 1,048,576; it is 0"),
         (["--sweep", "0.1", "--epochs", "0", "--knn"], "--sweep needs --epochs of 1 or more"),
     ],
 )
-def test_rates_that_cannot_be_are_a_sentence(
+def test_settings_that_cannot_be_are_a_sentence(
     arguments: list[str], sentence: str, folder: Path, weights: Path, tmp_path: Path
 ) -> None:
     done = run(command(folder, weights, tmp_path, *arguments), status=1)

@@ -248,6 +248,21 @@ def test_events_that_were_deleted_come_back_from_the_checkpoint(folder: Path) ->
     assert events_of(folder) == {"loss": [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.5)]}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse the name")
+def test_a_folder_whose_name_is_not_utf_8_goes_without_events(folder: Path) -> None:
+    folder = folder.parent / os.fsdecode(b"run \xff")
+
+    def run() -> list[str]:
+        for epoch in (1, 2):
+            run_epochs(folder, range(epoch, epoch + 1), values=0.5, checkpoint_after=epoch)
+        return sys.stdout.getvalue().splitlines()
+
+    (first, second) = in_child(run)
+    assert first == second
+    assert "TensorBoard cannot write to" in first
+    assert rows_of(folder) == [{"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 2.5}]
+
+
 # ---------------------------------------------------------------- a folder that disappears
 
 
