@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from common.runtime import ranks as distributed
+from common.runtime import launch
 from common.runtime.ranks import Ranks
 
 
@@ -82,6 +82,6 @@ def _on_a_rank(rank: int, function: Callable[[Ranks], Any], port: int, folder: P
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    ranks = distributed.start("cpu")
+    ranks = launch.start("cpu")
     torch.save(function(ranks), folder / f"{rank}.pt")
-    distributed.finish()
+    launch.finish()

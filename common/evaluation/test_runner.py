@@ -29,10 +29,10 @@ from common.evaluation.classifier import (
 )
 from common.evaluation.knn import knn_predict
 from common.networks.resnet import Depth, imagenet_resnet
-from common.runtime import ranks as distributed
+from common.runtime import launch
 from common.runtime.errors import StopRequested, UserError, require
 from common.runtime.precision import Precision, autocast
-from common.runtime.ranks import Ranks
+from common.runtime.ranks import Ranks, send
 from common.runtime.repository import REPOSITORY
 from common.runtime.seeding import generator_for
 from common.training.checkpoint import Checkpoints, first_line, read_checkpoint, require_entries
@@ -88,8 +88,8 @@ def main(config: Config) -> None:
     require(config.epochs >= 1 or not config.sweep, "--sweep needs --epochs of 1 or more")
     if config.sweep:
         config = replace(config, cache_features=True)
-    distributed.use_every_gpu(config.device)
-    ranks = distributed.start(config.device)
+    launch.use_every_gpu(config.device)
+    ranks = launch.start(config.device)
     device = ranks.device
     ranks.share(config.batch_size)
     backbone = load_backbone(Path(config.pretrained), config.backbone)
@@ -199,7 +199,7 @@ def main(config: Config) -> None:
                 f"{folder / 'linear.jsonl'} cannot be written ({error}); note the result above"
             ) from error
         print(f"  written to {folder / 'linear.jsonl'}")
-    distributed.finish()
+    launch.finish()
 
 
 def fit(
@@ -291,7 +291,7 @@ def cropped_batches(
                 images = flip.apply(images, Draws.of(piece, images.device))
                 features.append(encode(images))
                 own.append(indices)
-            yield step, torch.cat(features), labels[distributed.send(torch.cat(own), labels.device)]
+            yield step, torch.cat(features), labels[send(torch.cat(own), labels.device)]
 
     return batches
 
@@ -308,7 +308,7 @@ def cached_batches(features: Tensor, labels: Tensor, config: Config, ranks: Rank
         for step, batch, rows in batches_of_epoch(
             len(features), config.batch_size, config.seed, ranks, epoch, first_step
         ):
-            index = distributed.send(batch[rows], features.device)
+            index = send(batch[rows], features.device)
             x = torch.index_select(features, 0, index, out=memory[: len(index)])
             yield step, x, labels.index_select(0, index)
 

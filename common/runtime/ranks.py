@@ -1,18 +1,15 @@
 """One process, or several under torchrun: the same code for both.
 
-Start a script with `torchrun --nproc-per-node 2 run.py` (NCCL on GPUs, gloo on CPUs) and every
-function here speaks for the group; without torchrun each is a plain local operation.
+With several processes every function here is an operation of the group; with one it is local.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,11 +18,6 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 
 from common.runtime.errors import UserError
-from common.runtime.memory import keep_freed_memory
-from common.runtime.precision import choose_cuda_arithmetic
-
-# Of every wait for other processes: it must outlast rank 0's download of a data set.
-TIME_LIMIT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -146,96 +138,6 @@ class _JoinBatch(torch.autograd.Function):
         # A copy: the incoming gradient may be another function's too.
         total = ctx.ranks.sum(gradient.clone(memory_format=torch.contiguous_format))
         return total[ctx.ranks.share(len(total))], None
-
-
-def start(device: str) -> Ranks:
-    """Pick the device and, under torchrun, join the group.
-
-    Args:
-        device: "auto" (CUDA, else MPS, else CPU) or a torch device such as "cpu" or "cuda:1".
-
-    Raises:
-        UserError: if the device is not there, or under `srun` without torchrun.
-    """
-    _require_launcher()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _pick_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        choose_cuda_arithmetic()
-    if chosen.type == "cpu":
-        keep_freed_memory()
-    if world_size == 1:
-        return Ranks(0, 1, chosen)
-    if chosen.type == "mps":
-        raise UserError("MPS trains in one process only; start without torchrun, or --device cpu")
-    if not dist.is_initialized():
-        is_cuda = chosen.type == "cuda"
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo", timeout=TIME_LIMIT, device_id=chosen if is_cuda else None
-        )
-    return Ranks(dist.get_rank(), world_size, chosen)
-
-
-def use_every_gpu(device: str) -> None:
-    """Where the machine has several GPUs and none was named, start again under torchrun on all.
-
-    Call it before anything else: the process is replaced.
-
-    Raises:
-        UserError: under `srun` without torchrun.
-    """
-    _require_launcher()
-    if "WORLD_SIZE" in os.environ or device not in ("auto", "cuda"):
-        return
-    if torch.cuda.device_count() > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
-
-
-def finish() -> None:
-    """Leave the group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _require_launcher() -> None:
-    """Refuse several tasks of a SLURM step that do not know of each other."""
-    # SLURM_NTASKS is no sign of srun: a batch script has it too.
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"srun started {tasks} separate copies of this script; start one torchrun on each "
-            "machine instead (srun --ntasks-per-node 1 torchrun …), see docs/clusters.md"
-        )
-
-
-def _pick_device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(
-            f"--device {name}: not a device; try auto, cpu, cuda, cuda:1 or mps"
-        ) from None
-    if device.type == "cuda":
-        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"--device {name}: under torchrun each rank takes its own; use cuda")
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs; "
-                "try --device auto"
-            )
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available on this machine; try --device auto")
-    return device
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[None]:

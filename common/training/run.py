@@ -12,7 +12,7 @@ from torch import nn
 
 from common.data.batches import Batches
 from common.networks.batch_norm import convert
-from common.runtime import ranks as processes
+from common.runtime import launch
 from common.runtime.compiler import compile_in_place, require_compiler
 from common.runtime.errors import require
 from common.runtime.precision import Precision, autocast
@@ -57,9 +57,9 @@ class Run:
     def __init__(self, experiment: str, config: RunConfig, *, every_gpu: bool = False) -> None:
         check_settings(config)
         if every_gpu:
-            processes.use_every_gpu(config.device)
+            launch.use_every_gpu(config.device)
         self.config = config
-        self.ranks = processes.start(config.device)
+        self.ranks = launch.start(config.device)
         self.device = self.ranks.device
         if config.compile:
             require_compiler(self.device)

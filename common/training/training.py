@@ -12,7 +12,7 @@ from torch import nn
 
 from common.data.batches import Batch, Batches
 from common.dssl import Part
-from common.runtime import ranks as processes
+from common.runtime import launch
 from common.runtime.errors import StopRequested
 from common.runtime.precision import shared_casts
 from common.runtime.ranks import Ranks
@@ -196,4 +196,4 @@ class Training:
         """
         self.log.tell_result(self.progress, linear)
         self.log.close()
-        processes.finish()
+        launch.finish()

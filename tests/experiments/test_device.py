@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.evaluation import in_memory, test_runner
 from common.networks.resnet import imagenet_resnet
+from common.runtime import launch
 from common.training import training
 from common.training.run_folder import RunLog
 
@@ -75,6 +76,8 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     answer("item", lambda tensor: 0.0)
     answer("tolist", lambda tensor: torch.zeros(tensor.shape).tolist())
     answer("__bool__", lambda tensor: True)
+    # A user cannot choose this device.
+    monkeypatch.setattr(launch, "_pick_device", lambda *arguments: torch.device("meta"))
     # Meta tensors know no autocast, and cannot be brought back to the CPU.
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())
     monkeypatch.setattr(RunLog, "picture", lambda *arguments: None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from common.evaluation.features import extract_features
 from common.evaluation.knn import knn_accuracy, knn_predict
 from common.losses.contrastive import nt_xent
 from common.networks.ema import make_target
-from common.runtime import ranks as distributed
+from common.runtime import launch
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks, unwrap
 from common.training.meter import Meter
@@ -125,7 +124,7 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    ranks = distributed.start("cpu")
+    ranks = launch.start("cpu")
     rows = ranks.share(BATCH)
     result: dict[str, object] = {"rows": (rows.start, rows.stop)}
     for norm in (True, False):
@@ -183,7 +182,7 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
     except UserError as error:
         result["other checkpoints"] = str(error)
     torch.save(result, folder / f"{rank}.pt")
-    distributed.finish()
+    launch.finish()
 
 
 @pytest.fixture(scope="module")
@@ -287,57 +286,3 @@ def test_ranks_tell_whether_they_hold_the_same(results: list[dict]) -> None:
         assert result["agree"] == [True, True, False, False]
         assert f"the same checkpoint in {result['folder']}" in result["other checkpoints"]
         assert result["folder"].endswith(f"run{rank}")
-
-
-def test_a_missing_device_is_a_sentence() -> None:
-    with pytest.raises(UserError, match="not a device; try auto"):
-        distributed.start("gpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="0 usable CUDA GPUs; try --device auto"):
-            distributed.start("cuda")
-
-
-@pytest.mark.parametrize(
-    ("gpus", "device", "under_torchrun", "hands_over"),
-    [
-        (8, "auto", False, True),
-        (8, "cuda", False, True),
-        (8, "cuda:1", False, False),
-        (8, "cpu", False, False),
-        (8, "auto", True, False),
-        (1, "auto", False, False),
-    ],
-)
-def test_a_machine_with_several_gpus_uses_them_all(
-    gpus: int,
-    device: str,
-    under_torchrun: bool,
-    hands_over: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
-    monkeypatch.setattr(sys, "argv", ["run.py", "--epochs", "3"])
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if under_torchrun:
-        monkeypatch.setenv("WORLD_SIZE", "8")
-    distributed.use_every_gpu(device)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
-    expected = [[sys.executable, *launcher, "run.py", "--epochs", "3"]]
-    assert started == (expected if hands_over else [])
-
-
-def test_srun_alone_is_refused_and_a_batch_script_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(os, "execv", lambda path, arguments: pytest.fail("started again"))
-    # As SLURM 22.05 sets them: in a batch script of two tasks, in a step of one, in one of two.
-    for variables in ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}):
-        with monkeypatch.context() as patch:
-            for name, value in variables.items():
-                patch.setenv(name, value)
-            assert distributed.start("cpu").world_size == 1
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    for start in (distributed.start, distributed.use_every_gpu):
-        with pytest.raises(UserError, match=r"2 separate copies.*one torchrun on each machine"):
-            start("cpu")

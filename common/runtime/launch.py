@@ -1,0 +1,134 @@
+"""How a script's processes start and end: its device, its group of processes.
+
+Start a script with `torchrun --nproc-per-node 2 run.py`: NCCL on GPUs, gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from common.runtime.errors import UserError, require
+from common.runtime.memory import keep_freed_memory
+from common.runtime.precision import choose_cuda_arithmetic
+from common.runtime.ranks import Ranks
+
+# Of every wait for other processes: it must outlast rank 0's download of a data set.
+TIME_LIMIT = timedelta(hours=2)
+DEVICES = "auto, cpu, cuda, cuda:1 or mps"
+
+
+def start(device: str) -> Ranks:
+    """Pick the device and, under torchrun, join the group.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else CPU) or a torch device such as "cpu" or "cuda:1".
+
+    Raises:
+        UserError: if the device does not exist or does not train, if the environment's variables
+            for torchrun are incomplete, or under `srun` without torchrun.
+    """
+    _require_launcher()
+    world_size = _number_from_environment("WORLD_SIZE", 1)
+    local_rank = _number_from_environment("LOCAL_RANK", 0)
+    chosen = _pick_device(device, local_rank, world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        choose_cuda_arithmetic()
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    if world_size == 1:
+        return Ranks(0, 1, chosen)
+    require(
+        chosen.type != "mps",
+        "MPS trains in one process only; start without torchrun, or use --device cpu",
+    )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    require(
+        not missing,
+        f"WORLD_SIZE is {world_size} in the environment, but {', '.join(missing)} is missing; "
+        "start with torchrun, or unset WORLD_SIZE",
+    )
+    if not dist.is_initialized():
+        is_cuda = chosen.type == "cuda"
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo", timeout=TIME_LIMIT, device_id=chosen if is_cuda else None
+        )
+    return Ranks(dist.get_rank(), world_size, chosen)
+
+
+def use_every_gpu(device: str) -> None:
+    """On a machine with several GPUs, if none was named, start again under torchrun on all of them.
+
+    Call it before anything else: the process is replaced.
+
+    Raises:
+        UserError: under `srun` without torchrun.
+    """
+    _require_launcher()
+    if "WORLD_SIZE" in os.environ or device not in ("auto", "cuda"):
+        return
+    if torch.cuda.device_count() > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def finish() -> None:
+    """Leave the group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _number_from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    require(
+        text.isdecimal() and int(text) >= min(default, 1),
+        f"the environment variable {name} is {text!r}, which torchrun would not set; unset it, or "
+        "start with torchrun",
+    )
+    return int(text)
+
+
+def _require_launcher() -> None:
+    """Refuse several tasks of a SLURM step that do not know of each other."""
+    # SLURM_NTASKS is no sign of srun: a batch script has it too.
+    tasks = _number_from_environment("SLURM_STEP_NUM_TASKS", 1)
+    require(
+        tasks == 1 or "WORLD_SIZE" in os.environ,
+        f"srun started {tasks} separate copies of this script; start one torchrun on each "
+        "machine instead (srun --ntasks-per-node 1 torchrun …), see docs/clusters.md",
+    )
+
+
+def _pick_device(name: str, local_rank: int, world_size: int) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; try {DEVICES}") from None
+    if device.type == "cuda":
+        require(
+            device.index is None or world_size == 1,
+            f"--device {name}: under torchrun each process uses its own GPU; use --device cuda",
+        )
+        index = local_rank if device.index is None else device.index
+        count = torch.cuda.device_count()
+        require(
+            index < count,
+            f"--device {name}: this machine has {count} usable CUDA GPUs; try --device auto",
+        )
+        return torch.device("cuda", index)
+    require(name in ("cpu", "mps"), f"--device {name}: scripts do not train on this; try {DEVICES}")
+    require(
+        name == "cpu" or torch.backends.mps.is_available(),
+        "--device mps: not available on this machine; try --device auto",
+    )
+    return device
