@@ -211,7 +211,7 @@ def print_curves(options: StepOptions) -> None:
 
 
 def views_of_shapes(steps: int, batch_size: int) -> Iterator[Views]:
-    """Normalised views `[batch_size, 3, 32, 32]` of the data set "shapes", anew each step."""
+    """Normalised views `[batch_size, 3, 32, 32]` of generated shapes, other ones each step."""
     images, _ = shapes(steps * batch_size, IMAGE_SIZE, seed=0)
     maker = ViewMaker(standard_augmentation(), RandAugment(2, 9), "dssl")
     for step, batch in enumerate(images.split(batch_size)):

@@ -1,10 +1,10 @@
-"""kNN accuracy of CIFAR-10's raw pixels: the floor that a trained network has to clear.
+"""kNN accuracy of CIFAR-10's raw pixels: a trained network should be better than this.
 
     python results/raw_pixels.py
     python results/raw_pixels.py --dataset folder --data-root DIR
 
-The search is that of every run (k = 200, the whole training set, cosine similarity), on the pixels
-as stored, 0..255, and less the data set's mean colour, as the networks take them.
+kNN is measured as in every run (k = 200, the whole training set, cosine similarity): on the pixels
+as stored, 0..255 ("as stored"), and normalised as the networks' input is ("centred").
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from common.runtime.script import run_script
 @dataclass(frozen=True)
 class Config:
     dataset: Literal["cifar10", "folder"] = "cifar10"  # a folder holds train/<class>, val/<class>
-    data_root: str = str(REPOSITORY / "data")  # where CIFAR-10 lies or is put; the folder
+    data_root: str = str(REPOSITORY / "data")  # of CIFAR-10 (downloaded if absent), or the folder
 
 
 def main(config: Config) -> None:
