@@ -37,7 +37,9 @@ def main(config: Config) -> None:
         for descriptor in (1, 2):
             with suppress(OSError):
                 os.write(descriptor, b"by a library")
-        for step in tqdm(range(100), mininterval=0):
+        bar = tqdm(total=100, mininterval=0)
+        for step in range(100):
+            bar.update()
             print("step", step, "T̂", os.fsdecode(b"\\xff"))
             if step == 50 and config.end == "error":
                 raise UserError("a sentence")
@@ -60,6 +62,7 @@ BROKEN_OUTPUTS = {
     "closed output": (">&-", ">file"),
     "closed errors": (">file", ">&-"),
     "closed both": (">&-", ">&-"),
+    "closed all": ("<&- >&-", ">&-"),
 }
 
 
