@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -15,14 +16,19 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def shared_casts(device: torch.device) -> torch.autocast:
+def shared_casts(device: torch.device) -> AbstractContextManager[object]:
     """The context of a training step, in which passes under `autocast` share the weights' casts.
 
     Autocast keeps the bf16 copy of a weight until its outermost context ends. Without this one,
     each forward pass would cast every weight again. Enter it once a step: after a change of the
     weights the copies are out of date. Arithmetic outside `autocast` stays in fp32.
+
+    The gradients of two passes in one backward pass are then added in bf16. It is for CUDA alone,
+    where each cast is a kernel to launch; elsewhere it does nothing.
     """
-    return torch.autocast(device.type, enabled=False)
+    if device.type == "cuda":
+        return torch.autocast("cuda", enabled=False)
+    return nullcontext()
 
 
 def choose_cuda_arithmetic() -> None:
