@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,18 +48,41 @@ def start(device: str) -> Ranks:
         chosen.type != "mps",
         "MPS trains in one process only; start without torchrun, or use --device cpu",
     )
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    require(
-        not missing,
-        f"WORLD_SIZE is {world_size} in the environment, but {', '.join(missing)} is missing; "
-        "start with torchrun, or unset WORLD_SIZE",
-    )
     if not dist.is_initialized():
         is_cuda = chosen.type == "cuda"
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo", timeout=TIME_LIMIT, device_id=chosen if is_cuda else None
-        )
+        options = {"device_id": chosen} if is_cuda else {}
+        try:
+            dist.init_process_group(
+                "nccl" if is_cuda else "gloo", timeout=TIME_LIMIT, **options, **_store_of_attempt()
+            )
+        except ValueError as error:  # a variable is missing
+            raise UserError(
+                f"WORLD_SIZE is {world_size} in the environment, but the processes cannot be "
+                f"joined: {error}; start with torchrun, or unset WORLD_SIZE"
+            ) from None
     return Ranks(dist.get_rank(), world_size, chosen)
+
+
+def _store_of_attempt() -> dict[str, Any]:
+    """Where to exchange addresses after `torchrun --max-restarts` has restarted the processes.
+
+    torchrun keeps its store for all attempts, and in it the addresses of processes that have ended;
+    a process that reads one before it is overwritten fails to connect. Here each attempt has keys
+    of its own. Machines may count attempts differently, so with several the store is as it is:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun gives each attempt a new one.
+
+    Returns:
+        Arguments of `init_process_group`; none in a first attempt.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
+    return {
+        "store": dist.PrefixStore(f"attempt {attempt}", store),
+        "rank": rank,
+        "world_size": world_size,
+    }
 
 
 def use_every_gpu(device: str) -> None:

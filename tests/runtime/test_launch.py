@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common.runtime import launch
 from common.runtime.errors import UserError
@@ -30,7 +31,7 @@ def test_a_missing_gpu_is_a_sentence() -> None:
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which torchrun would not set"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', which torchrun would not set"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', which torchrun would not set"),
-        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is missing; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "RANK expected, but not set; start with torchrun"),
     ],
 )
 def test_a_broken_environment_is_a_sentence(
@@ -88,3 +89,33 @@ def test_srun_alone_is_refused_and_a_batch_script_is_not(monkeypatch: pytest.Mon
     for start in (launch.start, launch.use_every_gpu):
         with pytest.raises(UserError, match=r"2 separate copies.*one torchrun on each machine"):
             start("cpu")
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_restart_does_not_read_the_addresses_of_the_attempt_before(
+    machines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchruns = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    torchruns.set("address", "of a process that has ended")
+    variables = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(torchruns.port),
+        "RANK": "1",
+        "WORLD_SIZE": str(2 * machines),
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = launch._store_of_attempt()
+    if machines == 2:  # which may count their restarts differently
+        assert options == {}
+        return
+    assert (options["rank"], options["world_size"]) == (1, 2)
+    assert torchruns.check(["address"])
+    assert not options["store"].check(["address"])
+    options["store"].set("address", "of this process")
+    assert torchruns.get("address") == b"of a process that has ended"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert launch._store_of_attempt() == {}
