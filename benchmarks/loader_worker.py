@@ -44,8 +44,8 @@ def main(options: LoaderOptions) -> None:
         files = list_images(Path(root))[:COUNT]
         authors = other_libraries.pillow(SIZE, has_blur=True)
         whole = byol_harder_aug_imagenet.augmentation.whole_augmentation(2, 9)
-        simsiam = RandomCrops(files, 2, SIZE, CROP_SCALE, 0, False)
-        byol = RandomCrops(files, 2, SIZE, CROP_SCALE, 0, False, whole)
+        simsiam = RandomCrops(files, 2, SIZE, CROP_SCALE, 0)
+        byol = RandomCrops(files, 2, SIZE, CROP_SCALE, 0, whole)
 
         def by_pillow() -> None:
             for file in files:

@@ -27,11 +27,11 @@ def main(options: Options) -> None:
     keep_freed_memory()  # as every run on a CPU does
     images = other_libraries.photographs(BATCH, 375, 500)
     decoded = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
-    crops = RandomCrops(decoded, 2, SIZE, CROP_SCALE, 0, False)
+    crops = RandomCrops(decoded, 2, SIZE, CROP_SCALE, 0)
     heavy = partial(heavy_augmentation, other_libraries.NUM_OPS, other_libraries.MAGNITUDE)
 
     def make(maker: ViewMaker) -> None:
-        (first, second), _ = stack([crops[0, index] for index in range(BATCH)])
+        first, second = stack([crops[0, index] for index in range(BATCH)]).crops
         draws = maker.draw(BATCH, (SIZE, SIZE), generator_for("views", 0))
         for view in maker.make(first.contiguous(), draws, second.contiguous()):
             normalised(view)

@@ -99,12 +99,12 @@ def main(config: Config) -> None:
 
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)
-    photographs = find_photographs(*source, "train").photographs
+    found = find_photographs(*source, "train", run.ranks)
     whole = whole_augmentation(*config.standard_randaug)
     size = (config.image_size, CROP_SCALE)
-    crops = RandomCrops(photographs, 2, *size, config.seed, config.skip_broken, whole)
-    loading = Loading(config.workers, config.prefetch, config.pin_memory)
-    batches = PhotographBatches(crops, config.batch_size, loading, run.ranks)
+    crops = RandomCrops(found.photographs, 2, *size, config.seed, whole)
+    loading = Loading(config.workers, config.prefetch, config.pin_memory, config.skip_broken)
+    batches = PhotographBatches(crops, found.fingerprint, config.batch_size, loading, run.ranks)
 
     # views
     heavy = heavy_augmentation(*config.heavy_randaug, config.image_size, config.heavy_crop)

@@ -25,7 +25,15 @@ class Batch(NamedTuple):
 
 
 class Batches(Protocol):
-    """Where a run's images come from."""
+    """Where a run's images come from.
+
+    Attributes:
+        fingerprint: identifies the images: their number and a checksum of their names.
+        must_stop: whether a file could not be decoded, so that the run has to stop after the step.
+    """
+
+    fingerprint: str
+    must_stop: bool
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -49,7 +57,10 @@ class ImageBatches:
         seed: of the order.
     """
 
+    must_stop = False
+
     def __init__(self, images: ImageSet, batch_size: int, seed: int, ranks: Ranks) -> None:
+        self.fingerprint = images.fingerprint
         self.images = images.images
         self.batch_size = batch_size
         self.seed = seed
@@ -75,15 +86,28 @@ class PhotographBatches:
 
     Args:
         crops: two of each photograph.
+        fingerprint: of the photographs.
         batch_size: global.
         loading: worker processes and their settings.
     """
 
-    def __init__(self, crops: RandomCrops, batch_size: int, loading: Loading, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        crops: RandomCrops,
+        fingerprint: str,
+        batch_size: int,
+        loading: Loading,
+        ranks: Ranks,
+    ) -> None:
+        self.fingerprint = fingerprint
         self.crops = crops
         self.batch_size = batch_size
         self.rows = ranks.share(batch_size)
         self.loader = CropLoader(crops, batch_size, crops.seed, loading, ranks)
+
+    @property
+    def must_stop(self) -> bool:
+        return self.loader.must_stop
 
     def __len__(self) -> int:
         return len(self.crops)

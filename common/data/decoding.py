@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 try:
@@ -50,6 +50,10 @@ def decode(path: Path) -> Tensor:
             return torch.from_numpy(np.array(_to_rgb(source))).permute(2, 0, 1)
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        raise BrokenFile(
+            f"{shown(path)} cannot be decoded (not an image of a known kind)"
+        ) from None
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         reason = str(error) or type(error).__name__
         raise BrokenFile(f"{shown(path)} cannot be decoded ({reason})") from error

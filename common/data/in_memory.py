@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,10 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from common.data.decoding import BrokenFile, decode_square
-from common.data.listing import label_by_folder, list_images, require_batch
-from common.data.shapes import CLASS_NAMES, shapes
+from common.data.decoding import BrokenFile, decode_square, shown
+from common.data.fingerprint import fingerprint, require_same_images
+from common.data.listing import Listing, find_split, first_of, renumber, require_batch
+from common.data.shapes import CLASS_NAMES, shapes_split
 from common.runtime.cores import usable_cores
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
@@ -23,16 +24,17 @@ from common.runtime.ranks import Ranks
 Dataset = Literal["cifar10", "folder", "shapes"]
 
 
-SHAPES_TRAIN, SHAPES_TEST = 6000, 1000
-
-
 @dataclass(frozen=True)
 class ImageSet:
-    """Images uint8 `[N, 3, S, S]`; labels int64 `[N]` and class names, or none."""
+    """Images uint8 `[N, 3, S, S]`; labels int64 `[N]` and class names, or none.
+
+    `fingerprint` identifies the set: the number of images and a checksum of their names.
+    """
 
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,21 +76,23 @@ def load_images(
         ranks: every rank loads for itself; the first one downloads and reports.
 
     Raises:
-        UserError: if there is nothing to load, or too little, or a file is broken.
+        UserError: if there is nothing to load, or too little, a file is broken, or the ranks found
+            different images.
     """
     if dataset == "cifar10":
         split = load_cifar10(data_root, image_size, ranks)
     elif dataset == "folder":
         split = load_folder(data_root, image_size, skip_broken, at_least, ranks)
     else:
-        train_images, train_labels = shapes(SHAPES_TRAIN, image_size, 2 * seed)
-        test_images, test_labels = shapes(SHAPES_TEST, image_size, 2 * seed + 1)
-        split = Split(
-            ImageSet(train_images, train_labels, CLASS_NAMES),
-            ImageSet(test_images, test_labels, CLASS_NAMES),
-        )
+        split = Split(*(_shapes_set(name, image_size, seed) for name in ("train", "val")))
     require_batch(len(split.train), at_least, dataset if dataset != "folder" else data_root)
     return split
+
+
+def _shapes_set(split: str, image_size: int, seed: int) -> ImageSet:
+    images, labels = shapes_split(split, image_size, seed)
+    names = (f"shapes {split} {seed} {index}" for index in range(len(images)))
+    return ImageSet(images, labels, CLASS_NAMES, fingerprint(names))
 
 
 def load_cifar10(data_root: str, image_size: int, ranks: Ranks) -> Split:
@@ -111,7 +115,11 @@ def load_cifar10(data_root: str, image_size: int, ranks: Ranks) -> Split:
     for is_train in (True, False):
         source = CIFAR10(data_root, train=is_train)
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-        sets.append(ImageSet(images, torch.tensor(source.targets), tuple(source.classes)))
+        found = fingerprint(f"{label} {index}" for index, label in enumerate(source.targets))
+        labels = torch.tensor(source.targets)
+        sets.append(ImageSet(images, labels, tuple(source.classes), found))
+    if ranks.is_main:
+        print(f"Found {len(sets[0])} images of {len(source.classes)} classes in {data_root}.")
     return Split(*sets)
 
 
@@ -121,83 +129,83 @@ def load_folder(
     """Decode a folder of images once, into memory.
 
     With `train/<class>/*` and `val/<class>/*` the set is labelled. Anything else counts as images
-    without labels: those under `train/` where there is one, all under `root` otherwise.
+    without labels: those under `train/` if there is one, otherwise all under `root`.
     Images of another size are resized (shorter side, bicubic) and cut to the central square.
 
     Raises:
-        UserError: if the folder is missing or empty, or a file cannot be decoded (named).
+        UserError: if the folder is missing or empty, a file cannot be decoded (named), or the ranks
+            found different images.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise UserError(f"--data-root {root}: no such folder")
-    train_folder = folder / "train" if (folder / "train").is_dir() else folder
-    files = list_images(train_folder)
-    if not files:
-        raise UserError(f"--data-root {root}: no images in {train_folder}")
-    require_batch(len(files), at_least, root)
-    labels, class_names = label_by_folder(train_folder, files)
-    if train_folder == folder or not class_names:
-        _say_unlabelled(
-            ranks, f"the images of {train_folder} do not all lie in train/<class>/ folders"
-        )
-        return Split(ImageSet(_decode(files, image_size, skip_broken, ranks)[0]), None)
-
-    test_folder = folder / "val"
-    test_files = list_images(test_folder) if test_folder.is_dir() else []
-    test_labels, test_names = label_by_folder(test_folder, test_files)
-    unknown = sorted(set(test_names) - set(class_names))
-    if unknown:
-        raise UserError(
-            f"{test_folder} has classes that {train_folder} has not: {', '.join(unknown)}"
-        )
-    images, kept = _decode(files, image_size, skip_broken, ranks)
-    train = ImageSet(images, torch.tensor(labels)[kept], class_names)
-    if not test_names:
-        _say_unlabelled(ranks, f"{folder} has no val/<class>/ folders")
-        return Split(train, None)
-    images, kept = _decode(test_files, image_size, skip_broken, ranks)
-    numbers = [class_names.index(test_names[label]) for label in test_labels]
-    return Split(train, ImageSet(images, torch.tensor(numbers)[kept], class_names))
-
-
-def _say_unlabelled(ranks: Ranks, reason: str) -> None:
-    if ranks.is_main:
+    train = find_split(Path(root), "train", ranks, at_least)
+    test = None
+    reason = f"there is no train/ folder in {shown(root)}"
+    if train.folder != Path(root):
+        reason = f"{shown(train.stray)} is in no class folder of {shown(train.folder)}"
+        if train.class_names:
+            test, reason = _find_test(Path(root), ranks)
+    labels = None
+    if test is not None:
+        labels = renumber(test.labels, test.class_names, train.class_names, str(test.folder))
+    elif ranks.is_main:
         print(f"No labelled evaluation (kNN, linear): {reason}.")
 
+    train_set = _decode(train, image_size, skip_broken, ranks)
+    if train.folder == Path(root):
+        train_set = replace(train_set, labels=None, class_names=())
+    require_same_images(train_set.fingerprint, root, ranks)
+    if test is None:
+        return Split(train_set, None)
+    test = test._replace(labels=labels, class_names=train.class_names)
+    test_set = _decode(test, image_size, skip_broken, ranks)
+    require_same_images(test_set.fingerprint, root, ranks)
+    return Split(train_set, test_set)
 
-def _decode(
-    files: Sequence[Path], image_size: int, skip_broken: bool, ranks: Ranks
-) -> tuple[Tensor, list[int]]:
-    """Decode files to uint8 `[N, 3, S, S]`, with the indices of those that could be."""
+
+def _find_test(root: Path, ranks: Ranks) -> tuple[Listing | None, str]:
+    """The labelled images of `val/`, or why there are none."""
+    if not any(entry.is_dir() and entry.name.lower() == "val" for entry in os.scandir(root)):
+        return None, f"{shown(root)} has no val/<class>/ folders"
+    test = find_split(root, "val", ranks)
+    if test.stray:
+        return None, f"{shown(test.stray)} is in no class folder of {shown(test.folder)}"
+    return test, ""
+
+
+def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) -> ImageSet:
+    """Decode the files of a split that can be decoded."""
+    files = listing.files
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    broken: list[int] = []
+    broken: dict[int, str] = {}
 
     def read(index: int) -> None:
         try:
-            pixels = decode_square(files[index], image_size)
+            images[index] = decode_square(files[index], image_size)
         except BrokenFile as error:
             if not skip_broken:
                 raise UserError(
-                    f"{error}; repair it or remove it, or leave such files out with --skip-broken"
+                    f"{error}; restore the file or, for a new run, remove it, or leave such files "
+                    "out with --skip-broken"
                 ) from error
-            broken.append(index)
-        else:
-            images[index] = pixels
+            broken[index] = listing.names[index]
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         done = pool.map(read, range(len(files)))
         try:
             for _ in tqdm(done, "decoding", len(files), unit="image", disable=not ranks.is_main):
                 pass
-        except BaseException:  # Ctrl-C too does not wait for the rest
+        except BaseException:  # an error, or Ctrl-C: do not decode the others
             pool.shutdown(cancel_futures=True)
             raise
-    if not broken:
-        return images, list(range(len(files)))
-    kept = sorted(set(range(len(files))) - set(broken))
+    kept = [index for index in range(len(files)) if index not in broken]
     if not kept:
-        raise UserError(f"none of the {len(files)} images in {files[0].parent} can be decoded")
-    if ranks.is_main:
-        names = ", ".join(str(files[index]) for index in sorted(broken)[:5])
-        print(f"Left out {len(broken)} broken files: {names}{', …' if len(broken) > 5 else ''}")
-    return images[kept], kept
+        raise UserError(
+            f"none of the {len(files)} images in {shown(listing.folder)} can be decoded"
+        )
+    if broken and ranks.is_main:
+        names = first_of([broken[index] for index in sorted(broken)])
+        print(f"Left out {len(broken)} broken files of {shown(listing.folder)}: {names}")
+    found = fingerprint(listing.names[index] for index in kept)
+    if broken:
+        images = images[kept]
+    labels = torch.tensor(listing.labels)[kept] if listing.class_names else None
+    return ImageSet(images, labels, listing.class_names, found)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
+from tqdm import tqdm
 
-from common.data.photographs import RandomCrops, stack, unpack
+from common.data.listing import first_of
+from common.data.photographs import Crops, RandomCrops, stack, unpack
+from common.data.workers import WorkerLoader, require_shared_memory, start_worker
 from common.runtime.cores import usable_cores
-from common.runtime.memory import keep_freed_memory
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order
 
@@ -23,7 +25,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     Args:
         photographs: how many there are.
         batch_size: global.
-        at_once: a share comes in pieces of at most so many; None: whole.
+        at_once: a share comes in pieces of at most this many; None: whole.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Loading:
     Args:
         workers: processes; 0 loads in the rank itself, below 0 divides the machine's cores.
         prefetch: batches that each worker keeps ready.
-        pin_memory: page-locked batches, where a CUDA GPU trains.
+        pin_memory: page-locked batches, with CUDA only.
+        skip_broken: go on with the next file in place of one that cannot be decoded.
     """
 
     workers: int = -1
     prefetch: int = 4
     pin_memory: bool = True
+    skip_broken: bool = False
 
 
 class CropLoader:
@@ -82,6 +86,13 @@ class CropLoader:
         batch_size: global.
         seed: of the order.
         at_once: how many photographs of a rank are loaded together; None: its whole batch.
+
+    Attributes:
+        must_stop: whether a file could not be decoded, without `skip_broken`. The next one took its
+            place, so that all ranks can finish the step; then the run stops.
+
+    Raises:
+        UserError: if the shared memory has no room for the batches.
     """
 
     def __init__(
@@ -94,8 +105,11 @@ class CropLoader:
         at_once: int | None = None,
     ) -> None:
         self.ranks = ranks
+        self.skip_broken = loading.skip_broken
+        self.must_stop = False
         self.batches = EpochBatches(len(crops), batch_size, seed, ranks, at_once)
-        self.loader = load(crops, loading, ranks, batch_sampler=self.batches)
+        most = min(batch_size // ranks.world_size, at_once or batch_size)
+        self.loader = load(crops, loading, ranks, most, batch_sampler=self.batches)
 
     def epoch(
         self, epoch: int, first_step: int, steps: int
@@ -103,30 +117,58 @@ class CropLoader:
         """Yield (step, crops, indices) for the steps first_step..steps − 1, piece by piece.
 
         Crops are uint8 `[count, B, 3, size, size]` on the device; indices, of the photographs they
-        are from, int64 `[B]` on the CPU.
+        are from, int64 `[B]` on the CPU. With `skip_broken`, the broken files are printed at the
+        end of the epoch.
 
         Raises:
-            UserError: if a file cannot be decoded.
+            UserError: if no file can be decoded.
         """
         self.batches.epoch, self.batches.steps = epoch, range(first_step, steps)
+        skipped: list[str] = []
         for step, batch in zip(self.batches.step_of_each(), self.loader, strict=True):
-            crops, indices = unpack(batch)
-            crops = crops.to(self.ranks.device, non_blocking=True)
-            # Workers leave channels last, as decoded; what follows wants them apart.
-            yield step, crops.contiguous(), indices
+            loaded = unpack(batch)
+            skipped += loaded.broken
+            if loaded.broken and not self.skip_broken and not self.must_stop:
+                self.must_stop = True
+                tqdm.write(
+                    f"error: {loaded.broken[0]}; the run stops after this step, in which the next "
+                    "file takes its place. Restore the file, or go on with --skip-broken",
+                    file=sys.stderr,
+                )
+            crops = loaded.crops.to(self.ranks.device, non_blocking=True)
+            # Workers leave channels last, as decoded; the views want them first.
+            yield step, crops.contiguous(), loaded.indices
+        if self.skip_broken:
+            tell_skipped(skipped, self.ranks)
 
 
-def load(dataset: Dataset, loading: Loading, ranks: Ranks, **batching: Any) -> DataLoader:
+def tell_skipped(messages: Sequence[str], ranks: Ranks) -> None:
+    """Print how many files this rank skipped, and the first messages about them."""
+    different = [*dict.fromkeys(messages)]
+    if different:
+        where = f"process {ranks.rank}: " if ranks.world_size > 1 else ""
+        tqdm.write(
+            f"{where}broken files that were replaced by the next ones: {len(different)} "
+            f"({first_of(different)})"
+        )
+
+
+def load(crops: Crops, loading: Loading, ranks: Ranks, most: int, **batching: Any) -> WorkerLoader:
     """A loader of items; its batches are to be unpacked by `unpack`.
 
     Args:
+        most: photographs in the largest batch of a rank.
         batching: DataLoader's `batch_sampler`, or `sampler` and `batch_size`.
+
+    Raises:
+        UserError: if the shared memory has no room for the batches.
     """
     workers = loading.workers
     if workers < 0:
         workers = max(1, usable_cores() // ranks.per_machine)
-    return DataLoader(
-        dataset,
+    require_shared_memory(crops.item_bytes * most, workers, loading.prefetch, ranks.per_machine)
+    return WorkerLoader(
+        crops,
         num_workers=workers,
         collate_fn=stack,
         pin_memory=loading.pin_memory and ranks.device.type == "cuda",
@@ -135,18 +177,3 @@ def load(dataset: Dataset, loading: Loading, ranks: Ranks, **batching: Any) -> D
         worker_init_fn=start_worker,
         **batching,
     )
-
-
-def start_worker(worker: int) -> None:
-    """What a worker does first."""
-    keep_freed_memory()
-    leave_signals_to_the_run()
-
-
-def leave_signals_to_the_run() -> None:
-    """Ctrl-C and torchrun's SIGTERM reach workers too; the run needs them until its checkpoint.
-
-    One SIGTERM is let pass, so that the exit of the run can still end a worker by another.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,6 +1,6 @@
-"""Photographs that do not fit into memory: decoded once in a worker, crops cut from each.
+"""Photographs that do not fit into memory: a worker decodes each once and cuts crops from it.
 
-Only the crops, 8-bit, leave the worker; all that follows is batched on the training device.
+The worker returns only the crops, 8-bit; all other steps are batched on the training device.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
 from common.data.decoding import BrokenFile, decode
-from common.data.in_memory import SHAPES_TEST, SHAPES_TRAIN
-from common.data.listing import Files, label_by_folder, list_images, require_batch
-from common.data.shapes import CLASS_NAMES, shapes
+from common.data.fingerprint import fingerprint, require_same_images
+from common.data.listing import find_split, require_batch
+from common.data.shapes import CLASS_NAMES, shapes_split
 from common.runtime.errors import UserError
+from common.runtime.ranks import Ranks
 from common.runtime.seeding import generator_for
 
 Photograph = Path | Tensor  # a file, or uint8 `[3, H, W]`
 
-
-# What is made of a photograph: crops uint8 `[3, size, size]`, or what is wrong with the file
-# (exceptions leave a worker garbled), and the photograph's index.
-Item = tuple[list[Tensor] | str, int]
+GIVE_UP_AFTER = 100  # broken files in a row: the disk may be gone
 
 
 class PhotographSet(NamedTuple):
@@ -37,10 +35,35 @@ class PhotographSet(NamedTuple):
     photographs: Sequence[Photograph]
     labels: Sequence[int]
     class_names: tuple[str, ...]
+    fingerprint: str  # number and checksum of the relative names
+    stray: str = ""  # without labels: an image that is in no class folder
+
+
+class Item(NamedTuple):
+    """What is made of a photograph; `crops` is empty where no file can be decoded."""
+
+    crops: list[Tensor]  # uint8 `[3, size, size]` each
+    index: int  # of the photograph that was used
+    broken: list[str]  # about each file that was tried before it
+
+
+class Loaded(NamedTuple):
+    """A batch of items. Errors are text: an exception from a worker carries its traceback."""
+
+    crops: Tensor  # uint8 `[count, B, 3, size, size]`, or empty
+    indices: Tensor  # int64 `[B]`
+    broken: list[str]
+    error: str  # why `crops` is empty
 
 
 def find_photographs(
-    dataset: str, data_root: str, image_size: int, seed: int, at_least: int, split: str
+    dataset: str,
+    data_root: str,
+    image_size: int,
+    seed: int,
+    at_least: int,
+    split: str,
+    ranks: Ranks,
 ) -> PhotographSet:
     """List a split of a data set; nothing is decoded yet.
 
@@ -49,47 +72,28 @@ def find_photographs(
             images without labels) or "shapes" (generated from `seed` at `image_size`).
         at_least: how many photographs are needed: the batch.
         split: "train" or "val".
+        ranks: every rank lists for itself; the first one reports.
 
     Raises:
-        UserError: if there are none, or too few.
+        UserError: if there are none, or too few, or the ranks found different ones.
     """
     if dataset == "shapes":
-        count = SHAPES_TRAIN if split == "train" else SHAPES_TEST
-        require_batch(count, at_least, dataset)
-        images, labels = shapes(count, image_size, 2 * seed + (split != "train"))
-        return PhotographSet(list(images), labels.tolist(), CLASS_NAMES)
-    root = Path(data_root)
-    if not root.is_dir():
-        raise UserError(f"--data-root {data_root}: no such folder")
-    folder = root / split
-    if not folder.is_dir():
-        if split != "train":
-            raise UserError(f"{root} has no {split}/ folder")
-        folder = root
-    files = list_images(folder)
-    if not files:
-        raise UserError(f"no images in {folder}")
-    require_batch(len(files), at_least, str(folder))
-    return PhotographSet(Files(files), *label_by_folder(folder, files))
-
-
-def read(photograph: Photograph) -> Tensor:
-    """uint8 `[3, H, W]`.
-
-    Raises:
-        BrokenFile: if the file cannot be decoded.
-    """
-    if isinstance(photograph, Tensor):
-        return photograph
-    return decode(photograph)
+        images, labels = shapes_split(split, image_size, seed)
+        require_batch(len(images), at_least, dataset)
+        names = [f"{dataset} {split} {seed} {index}" for index in range(len(images))]
+        return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, fingerprint(names))
+    listing = find_split(Path(data_root), split, ranks, at_least)
+    found = fingerprint(listing.names)
+    require_same_images(found, data_root, ranks)
+    return PhotographSet(listing.files, listing.labels, listing.class_names, found, listing.stray)
 
 
 def resize(photograph: Tensor, height: int, width: int) -> Tensor:
     """Resize uint8 `[3, H, W]`, bilinear and antialiased; torch's kernel is within 1 of Pillow's.
 
-    A decoded photograph's channels lie last in memory, and stay there: its fast case.
+    The channels of a decoded photograph are last in memory and stay last, which is the fast case.
     """
-    # The batch dimension goes in front of memory's first; photograph[None] is not seen as such.
+    # Written so that torch recognises the memory format; of photograph[None] it does not.
     batch = photograph.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
 
@@ -100,16 +104,54 @@ def crop(photograph: Tensor, box: Sequence[float], size: int) -> Tensor:
     return resize(photograph[:, top : top + height, left : left + width], size, size)
 
 
-class RandomCrops(Dataset):
+class Crops(Dataset):
+    """Crops of photographs, `count` of uint8 `[3, size, size]` each."""
+
+    def __init__(self, photographs: Sequence[Photograph], count: int, size: int) -> None:
+        self.photographs = photographs
+        self.count = count
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    @property
+    def item_bytes(self) -> int:
+        """Memory that the crops of one photograph take."""
+        return self.count * 3 * self.size**2
+
+    def read(self, index: int) -> tuple[Tensor | None, int, list[str]]:
+        """A photograph uint8 `[3, H, W]`, or the next one that can be decoded.
+
+        Returns:
+            The photograph, or None after `GIVE_UP_AFTER` broken ones; the index of the one that
+            was used; and a message about each broken one.
+        """
+        broken = []
+        for attempt in range(min(len(self), GIVE_UP_AFTER)):
+            used = (index + attempt) % len(self)
+            photograph = self.photographs[used]
+            if isinstance(photograph, Tensor):
+                return photograph, used, broken
+            try:
+                return decode(photograph), used, broken
+            except BrokenFile as error:
+                broken.append(str(error))
+        return None, index, broken
+
+
+class RandomCrops(Crops):
     """Random crops of each photograph, by (epoch, index); an item depends on these and the seed.
+
+    In place of a file that cannot be decoded the next one that can is used.
 
     Args:
         count: crops of each photograph.
         size: of a crop, pixels.
-        scale: least and greatest area of a crop, as a share of the photograph's.
+        scale: least and greatest area of a crop, as a fraction of the photograph's.
         seed: of the crops.
-        whole: applied to the whole photograph, whose size it keeps, anew before each crop.
-        skip_broken: in place of a file that cannot be decoded, take the next one that can.
+        whole: applied to the whole photograph, whose size it keeps, with new random numbers for
+            each crop.
     """
 
     def __init__(
@@ -119,35 +161,27 @@ class RandomCrops(Dataset):
         size: int,
         scale: tuple[float, float],
         seed: int,
-        skip_broken: bool,
         whole: RandAugment | None = None,
     ) -> None:
-        self.photographs = photographs
-        self.count = count
-        self.size = size
+        super().__init__(photographs, count, size)
         self.scale = scale
         self.seed = seed
         self.whole = whole
-        self.skip_broken = skip_broken
-
-    def __len__(self) -> int:
-        return len(self.photographs)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        """Crops, `count` of uint8 `[3, size, size]`, and the index of their photograph."""
         epoch, index = key
-        photograph, used = self._read(index)
-        if isinstance(photograph, str):
-            return photograph, used
+        photograph, used, broken = self.read(index)
+        if photograph is None:
+            return Item([], used, broken)
         generator = generator_for("crop", self.seed, epoch, index)
         size = (photograph.shape[1], photograph.shape[2])
         crops = []
         for box in draw_crops(self.count, size, self.scale, generator).tolist():
-            shown = photograph
+            source = photograph
             if self.whole is not None:
-                shown, box = self.whole.crop(photograph, box, generator), (0, 0, *box[2:])
-            crops.append(crop(shown, box, self.size))
-        return crops, used
+                source, box = self.whole.crop(photograph, box, generator), (0, 0, *box[2:])
+            crops.append(crop(source, box, self.size))
+        return Item(crops, used, broken)
 
     def examples(self, count: int) -> tuple[Tensor, Tensor]:
         """The first photographs, resized to uint8 `[count, 3, size, size]`, and their crops.
@@ -156,71 +190,63 @@ class RandomCrops(Dataset):
             The photographs, and crops uint8 `[crops of each, count, 3, size, size]`.
 
         Raises:
-            UserError: if one of them cannot be decoded.
+            UserError: if one of them cannot be decoded, nor any after it.
         """
         count = min(count, len(self))
-        photographs = [self._read(index)[0] for index in range(count)]
-        crops, _ = unpack(stack([self[0, index] for index in range(count)]))
+        loaded = unpack(stack([self[0, index] for index in range(count)]))
+        photographs = [self.read(index)[0] for index in range(count)]
         shown = [crop(image, (0, 0, *image.shape[1:]), self.size) for image in photographs]
-        return torch.stack(shown), crops.contiguous()
-
-    def _read(self, index: int) -> tuple[Tensor | str, int]:
-        problem = ""
-        for attempt in range(len(self) if self.skip_broken else 1):
-            used = (index + attempt) % len(self)
-            try:
-                return read(self.photographs[used]), used
-            except BrokenFile as error:
-                problem = f"{error}; repair it or remove it"
-                if not self.skip_broken:
-                    problem += ", or leave such files out with --skip-broken"
-        return problem, index
+        return torch.stack(shown), loaded.crops.contiguous()
 
 
-class CentreCrops(Dataset):
+class CentreCrops(Crops):
     """The evaluation view of each photograph, one crop uint8 `[3, size, size]`, by index.
 
     The shorter side is resized to 8/7 of `size` (256 for 224; bilinear, antialiased), as
-    torchvision's Resize does, and the centre cut out.
+    torchvision's Resize does, and the centre is cut out. In place of a file that cannot be decoded
+    the next one that can is used.
     """
 
     def __init__(self, photographs: Sequence[Photograph], size: int) -> None:
-        self.photographs = photographs
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.photographs)
+        super().__init__(photographs, 1, size)
 
     def __getitem__(self, index: int) -> Item:
-        try:
-            photograph = read(self.photographs[index])
-        except BrokenFile as error:
-            return f"{error}; repair it or remove it", index
+        photograph, used, broken = self.read(index)
+        if photograph is None:
+            return Item([], used, broken)
         shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
         height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
         view = resize(photograph, height, width)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return [view[:, top : top + self.size, left : left + self.size]], index
+        return Item([view[:, top : top + self.size, left : left + self.size]], used, broken)
 
 
-def unpack(batch: tuple[Tensor | str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Crops uint8 `[count, B, 3, size, size]` and indices int64 `[B]` of a loaded batch.
+def stack(items: list[Item]) -> Loaded:
+    """A batch of items; its channels stay last in memory, as they are after decoding."""
+    indices = torch.tensor([item.index for item in items])
+    broken = [message for item in items for message in item.broken]
+    for item in items:
+        if not item.crops:
+            error = f"{len(item.broken)} photographs in a row cannot be decoded: {item.broken[0]}"
+            return Loaded(torch.empty(0), indices, broken, error)
+    crops = [item.crops[k].permute(1, 2, 0) for k in range(len(items[0].crops)) for item in items]
+    memory = torch.empty(len(crops), *crops[0].shape, dtype=torch.uint8)
+    if get_worker_info() is not None:  # moved here already, so that a failure can be reported
+        try:
+            memory.share_memory_()
+        except RuntimeError as error:
+            problem = f"a loader process got no shared memory ({error}); use --workers 0"
+            return Loaded(torch.empty(0), indices, broken, problem)
+    together = torch.stack(crops, out=memory).permute(0, 3, 1, 2)
+    return Loaded(together.unflatten(0, (-1, len(items))), indices, broken, "")
+
+
+def unpack(loaded: Loaded) -> Loaded:
+    """A batch that came from a loader.
 
     Raises:
-        UserError: if a file could not be decoded.
+        UserError: if it could not be loaded.
     """
-    crops, indices = batch
-    if isinstance(crops, str):
-        raise UserError(crops)
-    return crops, indices
-
-
-def stack(items: list[Item]) -> tuple[Tensor | str, Tensor]:
-    """A batch of items, to be unpacked by `unpack`; channels stay last in memory, as they come."""
-    indices = torch.tensor([index for _, index in items])
-    for crops, _ in items:
-        if isinstance(crops, str):
-            return crops, indices
-    count = len(items[0][0])
-    together = torch.stack([crops[k].permute(1, 2, 0) for k in range(count) for crops, _ in items])
-    return together.permute(0, 3, 1, 2).unflatten(0, (count, len(items))), indices
+    if loaded.error:
+        raise UserError(loaded.error)
+    return loaded

@@ -1,9 +1,9 @@
-"""A data set of ten kinds of coloured shapes that is drawn on the spot and needs no download.
+"""A generated data set of ten kinds of coloured shapes, which needs no download.
 
 Every picture is a lattice of glyphs of one kind, its class. Phase, spacing and tilt of the lattice,
-the colour of every glyph and the background are drawn anew, so that pixels say little of the class,
-and the kind is what survives crops and changes of colour. Glyphs stand nearly upright: direction is
-part of what makes a kind.
+the colour of every glyph and the background are random, so that single pixels say little about the
+class, while crops and changes of colour keep it. Glyphs are nearly upright: some kinds differ by
+their direction only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 # The functions below map the coordinates x and y (pointing down), in units of the radius of the
 # glyph, to the distance from its outline: negative inside, positive outside. Their constants give
-# every kind an area of about 1.8, or the mean brightness of a picture would betray its class.
+# every kind an area of about 1.8; otherwise the mean brightness would tell the class.
 SignedDistance = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -85,24 +85,25 @@ _KINDS: dict[str, SignedDistance] = {
     "checker": _checker,
 }
 CLASS_NAMES: tuple[str, ...] = tuple(_KINDS)
+SPLITS = {"train": 6000, "val": 1000}  # pictures in each
 
 _CELLS = 12  # Cells of the lattice along a side, enough to cover any picture at any tilt.
 _SMALLEST, _LARGEST = 0.2, 0.34  # The side of a cell, relative to the side of the picture.
 _RADIUS = 0.46  # Of a glyph, relative to its cell.
-_BACKGROUND = 0.5  # The brightest; varied, or it would tell pixels the class.
-_TILT = math.radians(12)  # The most by which the lattice leans to either side.
+_BACKGROUND = 0.5  # The brightest; random, so that brightness does not tell the class.
+_TILT = math.radians(12)  # The largest tilt of the lattice, to either side.
 _CHUNK = 2**22  # Pixels rendered at once, which bounds the memory.
 
 
 def _colours(hues: Tensor) -> Tensor:
-    """Turn hues [...], in turns of the colour wheel, into vivid colours [..., 3] in [0, 1]."""
+    """Saturated colours [..., 3] in [0, 1] of hues [...], in turns of the colour wheel."""
     return 0.5 + 0.5 * torch.cos(2 * math.pi * (hues.unsqueeze(-1) + torch.arange(3) / 3))
 
 
 def _render(signed_distance: SignedDistance, whole: Tensor, cells: Tensor, size: int) -> Tensor:
     """Draw pictures of one kind from numbers that are uniform in [0, 1).
 
-    whole: float32 [pictures, 6], what sets the pictures apart; cells: float32 [pictures, 2,
+    whole: float32 [pictures, 6], one row for each picture; cells: float32 [pictures, 2,
     cells²], hue and paleness of every glyph. Returns uint8 [pictures, 3, size, size].
     """
     spacing, lean, right, down, tint, brightness = whole[:, :, None, None].unbind(1)
@@ -127,7 +128,7 @@ def shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw `count` pictures of `size` x `size` pixels and their labels.
 
     Returns images, uint8 [count, 3, size, size], and labels, int64 [count]; label i is i % 10, an
-    index into `CLASS_NAMES`. Picture i depends on `seed` and i alone: a larger count appends
+    index into `CLASS_NAMES`. Picture i depends on `seed` and i only: a larger count appends
     pictures, and another size draws the same pictures at that size.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -139,3 +140,8 @@ def shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         for chunk in torch.nonzero(labels == label).flatten().split(max(1, _CHUNK // size**2)):
             images[chunk] = _render(signed_distance, whole[chunk], cells[chunk], size)
     return images, labels
+
+
+def shapes_split(split: str, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The pictures and labels of the "train" or the "val" split, which share no picture."""
+    return shapes(SPLITS[split], size, 2 * seed + (split != "train"))

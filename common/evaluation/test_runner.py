@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from common.augment.base import Draws
-from common.augment.crop import RandomFlip
 from common.augment.imagenet import normalised
-from common.data.loader import CropLoader, Loading, load
-from common.data.photographs import CentreCrops, Photograph, RandomCrops, find_photographs, unpack
-from common.evaluation.accuracy import EVALUATION_BATCH, count_right, sweep_table
-from common.evaluation.classifier import (
-    Batches,
-    Classifiers,
-    batches_of_epoch,
-    new_classifier,
-    train_classifier,
-)
+from common.data.decoding import shown
+from common.data.listing import renumber
+from common.data.loader import Loading
+from common.data.photographs import find_photographs
+from common.evaluation.accuracy import count_right, sweep_table
+from common.evaluation.classifier import Batches, Classifiers, new_classifier, train_classifier
+from common.evaluation.feature_batches import cached_batches, centre_features, cropped_batches
 from common.evaluation.knn import knn_predict
 from common.networks.resnet import Depth, imagenet_resnet
 from common.runtime import launch
-from common.runtime.errors import StopRequested, UserError, require
+from common.runtime.errors import UserError, require
 from common.runtime.precision import Precision, autocast
-from common.runtime.ranks import Ranks, send
+from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
-from common.runtime.seeding import generator_for
 from common.training.checkpoint import Checkpoints, first_line, read_checkpoint, require_entries
 from common.training.config_json import MAY_CHANGE
 from common.training.larc import LARC
@@ -51,8 +42,6 @@ from common.training.settings import (
     check_settings,
 )
 from common.training.signals import StopFlag
-
-CROP_SCALE = (0.08, 1.0)  # area of a training crop, as a share of the photograph's
 
 
 @dataclass(frozen=True)
@@ -105,13 +94,17 @@ def main(config: Config) -> None:
 
     # ---------------------------------------------------------------- data
     data = (config.dataset, config.data_root, config.image_size, config.seed)
-    train = find_photographs(*data, config.batch_size, "train")
-    test = find_photographs(*data, 1, "val")
-    require(
-        bool(train.class_names and test.class_names)
-        and set(test.class_names) <= set(train.class_names),
-        f"{config.data_root} needs train/<class>/* and val/<class>/* of the same classes",
-    )
+    train = find_photographs(*data, config.batch_size, "train", ranks)
+    test = find_photographs(*data, 1, "val", ranks)
+    for split, found in (("train", train), ("val", test)):
+        require(
+            not found.stray,
+            f"{config.data_root} needs train/<class>/* and val/<class>/*, and {split}/"
+            f"{shown(found.stray)} is in no class folder",
+        )
+    numbers = renumber(test.labels, test.class_names, train.class_names, "val/")
+    test_labels = torch.tensor(numbers, device=device)
+    train_labels = torch.tensor(train.labels, device=device)
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
@@ -119,40 +112,24 @@ def main(config: Config) -> None:
             return backbone(normalised(images)).float()
 
     stop = StopFlag(ranks)
-    train_labels = torch.tensor(train.labels, device=device)
-    numbers = [train.class_names.index(test.class_names[label]) for label in test.labels]
-    test_labels = torch.tensor(numbers, device=device)
-
-    def features_of(photographs: Sequence[Photograph]) -> Tensor:
-        """Of the centre crops of this rank's photographs: rank, rank + world_size, …"""
-        mine = range(ranks.rank, len(photographs), ranks.world_size)
-        views = CentreCrops(photographs, config.image_size)
-        loader = load(
-            views, Loading(config.workers), ranks, sampler=mine, batch_size=EVALUATION_BATCH
-        )
-        features = [torch.empty(0, backbone.feature_dim, device=device)]
-        for batch in tqdm(loader, "features", disable=not ranks.is_main):
-            (images,), _ = unpack(batch)
-            features.append(encode(images.to(device, non_blocking=True)))
-            if stop.requested:
-                again = "Stopped while features were extracted: the same command does it anew."
-                raise StopRequested(stop.exit_status, again)
-        return torch.cat(features)
-
-    test_features = features_of(test.photographs)
-    train_features = None
+    reading = (encode, backbone.feature_dim, config.image_size)
+    loading = Loading(config.workers)
+    test_features, _ = centre_features(test.photographs, *reading, loading, ranks, stop)
+    train_features = bank_labels = None
     if config.cache_features or config.knn:
-        train_features = features_of(train.photographs)
+        loading = Loading(config.workers, skip_broken=config.skip_broken)
+        train_features, used = centre_features(train.photographs, *reading, loading, ranks, stop)
+        bank_labels = train_labels[used.to(device)]
 
     # ---------------------------------------------------------------- classifier
     if config.cache_features:
         if ranks.is_main:
             print("Cached features: the classifier trains without the protocol's crops and flips.")
-        whole = ranks.gather(train_features, len(train_labels))
-        batches = cached_batches(whole, train_labels, config, ranks)
+        whole = [ranks.gather(rows, len(train_labels)) for rows in (train_features, bank_labels)]
+        batches = cached_batches(*whole, config, ranks)
     else:
-        batches = cropped_batches(train.photographs, train_labels, encode, config, ranks)
-    identity = {"images": len(train_labels), "backbone": fingerprint(before)}
+        batches = cropped_batches(train.photographs, train_labels, encode, config, ranks, stop)
+    identity = {"images": train.fingerprint, "backbone": checksum(before)}
     classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)
     classifier = fit(classifier, batches, config, identity, folder, ranks, stop)
 
@@ -175,7 +152,6 @@ def main(config: Config) -> None:
             result.update(accuracies[0])
     if config.knn:
         queries = ranks.gather(test_features, len(test_labels))
-        bank_labels = train_labels[ranks.rank :: ranks.world_size]
         predictions = knn_predict(
             queries, train_features, bank_labels, len(train.class_names), ranks=ranks
         )
@@ -261,66 +237,6 @@ def fit(
     return classifier
 
 
-def cropped_batches(
-    photographs: Sequence[Photograph],
-    labels: Tensor,
-    encode: Callable[[Tensor], Tensor],
-    config: Config,
-    ranks: Ranks,
-) -> Batches:
-    """The protocol's training views: a random crop and a flip of each photograph."""
-    crops = RandomCrops(
-        photographs, 1, config.image_size, CROP_SCALE, config.seed, config.skip_broken
-    )
-    # Thousands at once would fill a GPU, and a worker would need seconds for them.
-    at_once = EVALUATION_BATCH
-    loader = CropLoader(
-        crops, config.batch_size, config.seed, Loading(config.workers), ranks, at_once
-    )
-    steps = steps_of(len(photographs), config, ranks)
-    flip, size = RandomFlip(), (config.image_size, config.image_size)
-
-    def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        loaded = loader.epoch(epoch, first_step, steps)
-        for step, pieces in itertools.groupby(loaded, key=itemgetter(0)):
-            count = loader.batches.count(step)
-            generator = generator_for("linear", config.seed, epoch, step)
-            draws = flip.draw(count, size, generator)[ranks.share(count)].split(at_once)
-            features, own = [], []
-            for piece, (_, (images,), indices) in zip(draws, pieces, strict=True):
-                images = flip.apply(images, Draws.of(piece, images.device))
-                features.append(encode(images))
-                own.append(indices)
-            yield step, torch.cat(features), labels[send(torch.cat(own), labels.device)]
-
-    return batches
-
-
-def cached_batches(features: Tensor, labels: Tensor, config: Config, ranks: Ranks) -> Batches:
-    """Batches of ready features `[N, d]`, in the same order as `cropped_batches`'.
-
-    A batch's features are good until the next one: they lie in the same memory, since taking new
-    memory for each costs more than the copy itself.
-    """
-    memory = features.new_empty(config.batch_size // ranks.world_size, features.shape[1])
-
-    def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for step, batch, rows in batches_of_epoch(
-            len(features), config.batch_size, config.seed, ranks, epoch, first_step
-        ):
-            index = send(batch[rows], features.device)
-            x = torch.index_select(features, 0, index, out=memory[: len(index)])
-            yield step, x, labels.index_select(0, index)
-
-    return batches
-
-
-def steps_of(count: int, config: Config, ranks: Ranks) -> int:
-    """Steps of an epoch: with a last, smaller batch, unless the ranks cannot share it."""
-    whole, rest = divmod(count, config.batch_size)
-    return whole + (rest >= ranks.world_size)
-
-
 def load_backbone(path: Path, architecture: Depth) -> nn.Module:
     """A ResNet with the weights of a run's checkpoint, its backbone.pt, or torchvision's format.
 
@@ -347,9 +263,9 @@ def load_backbone(path: Path, architecture: Depth) -> nn.Module:
     return backbone
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> int:
+def checksum(state: Mapping[str, Tensor]) -> int:
     """A checksum of weights."""
-    checksum = 0
+    total = 0
     for value in state.values():
-        checksum = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), checksum)
-    return checksum
+        total = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), total)
+    return total

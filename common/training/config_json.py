@@ -30,6 +30,7 @@ MAY_CHANGE = frozenset(
         "workers",
         "prefetch",
         "pin_memory",
+        "skip_broken",
         "compile",
         "knn_every",
         "linear_epochs",

@@ -26,6 +26,7 @@ class Progress:
     knn: float | None = None  # percent, the latest
     best_knn: float | None = None
     linear: list[int] | None = None  # steps and probe epochs of the last row of linear accuracy
+    fingerprint: str = ""  # of the training images
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Progress:
@@ -34,7 +35,7 @@ class Progress:
         Raises:
             UserError: if the values are another version's.
         """
-        kinds = {"epoch": int, "step": int, "images": int, "sums": dict}
+        kinds = {"epoch": int, "step": int, "images": int, "fingerprint": str, "sums": dict}
         names = {one.name for one in fields(cls)}
         wrong = [
             str(name)
@@ -52,16 +53,22 @@ class Progress:
         """Steps since the start of the run."""
         return max(0, self.epoch - 1) * steps_per_epoch + self.step
 
-    def check_images(self, count: int) -> None:
+    def check_images(self, count: int, fingerprint: str) -> None:
         """Refuse to continue with another data set.
 
         Raises:
-            UserError: if the run was started with another number of images.
+            UserError: if the run was started with another number of images, or with other names.
         """
         if count != self.images:
             raise UserError(
                 f"the run was started with {self.images} training images, now there are {count}; "
                 "give it the same data, or another --run-dir"
+            )
+        if self.fingerprint not in ("", fingerprint):  # older checkpoints have none
+            raise UserError(
+                f"the run was started with other training images ({self.fingerprint}), now there "
+                f"are {fingerprint}: files were renamed or replaced; give it the same data, or "
+                "another --run-dir"
             )
 
 

@@ -8,11 +8,7 @@ from types import FrameType
 
 from common.runtime.errors import StopRequested
 from common.runtime.ranks import Ranks
-
-# Of Ctrl-C, `kill`, a terminal that was closed, Ctrl-\ and clusters that take a machine back.
-# Windows has only the first two.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1")
-STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+from common.runtime.stop_signals import STOP_SIGNALS
 
 
 class StopFlag:
@@ -25,6 +21,7 @@ class StopFlag:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.signal: int | None = None
+        self.failed = False
         for number in STOP_SIGNALS:
             # nohup lets a process ignore SIGHUP. SIGINT is ignored in every shell script's `&`.
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
@@ -35,15 +32,19 @@ class StopFlag:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def fail(self) -> None:
+        """Request a stop because of an error that was printed; the exit status is then 1."""
+        self.failed = True
+
     @property
     def requested(self) -> bool:
-        """Whether this process has received a signal."""
-        return self.signal is not None
+        """Whether this process has received a signal or an error."""
+        return self.failed or self.signal is not None
 
     @property
     def exit_status(self) -> int:
-        """The shell's convention for a process ended by that signal."""
-        return 128 + (self.signal or signal.SIGTERM)
+        """The shell's convention for a process ended by that signal; 1 after an error."""
+        return 1 if self.failed else 128 + (self.signal or signal.SIGTERM)
 
     def check(self) -> None:
         """Raise `StopRequested` on every rank if any has received a signal."""

@@ -77,9 +77,9 @@ class Training:
         self.progress = Progress()
         if saved is not None:
             self.progress = Progress.of(saved["progress"])
-            self.progress.check_images(len(batches))
+            self.progress.check_images(len(batches), batches.fingerprint)
             restore(parts, saved, log.checkpoints.last)
-        self.progress.images = len(batches)
+        self.progress.images, self.progress.fingerprint = len(batches), batches.fingerprint
         log.open(saved["metrics_bytes"] if saved else 0, self.progress.epoch)
         self.meter = Meter(ranks, self.progress.sums, self.progress.step)
         if self.progress.epoch == 0 and ranks.is_main:
@@ -127,7 +127,7 @@ class Training:
         """The batches of the epoch's steps still to do; checkpoints are written between them.
 
         Raises:
-            StopRequested: after a step, when a signal came.
+            StopRequested: after a step, when a signal came or an image file was broken.
             UserError: if a loss or, at the end, a weight is not finite.
         """
         self.bar.start_epoch()
@@ -135,6 +135,8 @@ class Training:
         for batch in self.batches.epoch(epoch, self.meter.steps, self.steps_in(epoch)):
             with shared_casts(self.ranks.device):
                 yield batch
+            if self.batches.must_stop:
+                self.stop.fail()
             due = time.monotonic() - last_save > 60 * self.config.checkpoint_minutes
             last_save = time.monotonic() if due else last_save
             self.meter.end_step(

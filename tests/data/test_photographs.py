@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy
@@ -13,8 +14,17 @@ from torchvision import transforms
 
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
+from common.data import photographs
+from common.data.decoding import decode
 from common.data.loader import CropLoader, Loading
-from common.data.photographs import CentreCrops, RandomCrops, crop, find_photographs, read
+from common.data.photographs import (
+    CentreCrops,
+    RandomCrops,
+    crop,
+    find_photographs,
+    stack,
+    unpack,
+)
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order, generator_for
@@ -38,9 +48,8 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted(paths)
 
 
-def two_crops(photographs: list, **options) -> RandomCrops:
-    settings = {"seed": 3, "skip_broken": False, **options}
-    return RandomCrops(photographs, 2, SIZE, SCALE, **settings)
+def two_crops(images: list, **options) -> RandomCrops:
+    return RandomCrops(images, 2, SIZE, SCALE, seed=3, **options)
 
 
 def batches(
@@ -70,7 +79,7 @@ def test_both_crops_are_those_that_pillow_cuts(files: list[Path]) -> None:
 
 
 def test_a_crop_of_the_whole_at_its_own_size_is_the_photograph(files: list[Path]) -> None:
-    photograph = read(files[0])
+    photograph = decode(files[0])
     square = photograph[:, :40, :40]
     assert torch.equal(crop(square, (0, 0, 40, 40), 40), square)
 
@@ -79,7 +88,7 @@ def test_the_whole_photograph_is_augmented_before_each_crop(files: list[Path]) -
     whole = RandAugment(2, 9)
     item = two_crops(files, whole=whole)[2, 4][0]
     generator = generator_for("crop", 3, 2, 4)
-    photograph = read(files[4])
+    photograph = decode(files[4])
     boxes = draw_crops(2, (photograph.shape[1], photograph.shape[2]), SCALE, generator).tolist()
     for view in range(2):
         shown = whole(photograph[None], generator)[0]
@@ -115,51 +124,72 @@ def test_workers_ranks_and_a_later_start_change_nothing(files: list[Path]) -> No
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_file_is_named_or_replaced_by_the_next(files: list[Path], workers: int) -> None:
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_the_next_file_takes_the_place_of_a_broken_one(
+    skip_broken: bool, workers: int, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step can then be finished on every rank; without --skip-broken the run has to stop."""
     files[2].write_bytes(files[2].read_bytes()[:100])
-    with pytest.raises(UserError, match=rf"{files[2].name} cannot be decoded.*--skip-broken"):
-        batches(two_crops(files), workers)
-    crops = two_crops(files, skip_broken=True)
-    assert len(batches(crops, workers)) == 2
-    item, used = crops[0, 2]
-    assert used == 3
+    crops = two_crops(files)
+    item = crops[0, 2]
+    assert item.index == 3
     image = by_pillow(files[3], 0, 2, 0)  # the next file, by the draws of the broken one
-    assert numpy.abs(item[0].permute(1, 2, 0).numpy().astype(int) - image).max() <= 1
+    assert numpy.abs(item.crops[0].permute(1, 2, 0).numpy().astype(int) - image).max() <= 1
+
+    loader = CropLoader(crops, 11, 3, Loading(workers, skip_broken=skip_broken), ALONE)
+    (((first, _), indices),) = [loaded for _, *loaded in loader.epoch(0, 0, 1)]
+    place = epoch_order(11, 3, 0).tolist().index(2)
+    assert indices[place] == 3
+    assert torch.equal(first[place], item.crops[0])
+    said = capsys.readouterr()
+    name = re.escape(str(files[2]))
+    assert loader.must_stop is not skip_broken
+    if skip_broken:
+        assert re.search(rf"replaced by the next ones: 1 \({name} cannot be decoded", said.out)
+        assert not said.err
+    else:
+        assert re.match(rf"error: {name} cannot be decoded .* go on with --skip-broken$", said.err)
+        assert not said.out
 
 
-def test_nothing_readable_is_told(files: list[Path]) -> None:
-    for path in files:
+def test_nothing_readable_is_told(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in files[1:]:
         path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"cannot be decoded .*; repair it or remove it$"):
-        batches(two_crops(files, skip_broken=True))
+    monkeypatch.setattr(photographs, "GIVE_UP_AFTER", 3)
+    crops = two_crops(files)
+    assert crops[0, 9].index == 0  # the second after it, by way of the last
+    with pytest.raises(UserError, match=rf"^3 photographs in a row .*{files[4].name} cannot"):
+        unpack(stack([crops[0, 0], crops[0, 4]]))
+    with pytest.raises(UserError, match="in a row cannot be decoded"):
+        batches(crops)
 
 
 def test_folders_with_and_without_labels(files: list[Path], tmp_path: Path) -> None:
-    found = find_photographs("folder", str(tmp_path), SIZE, 0, 4, "train")
+    found = find_photographs("folder", str(tmp_path), SIZE, 0, 4, "train", ALONE)
     assert list(found.photographs) == files
     assert list(found.labels) == [0] * 6 + [1] * 5
     assert found.class_names == ("a", "b")
-    flat = find_photographs("folder", str(tmp_path / "train" / "a"), SIZE, 0, 4, "train")
+    flat = find_photographs("folder", str(tmp_path / "train" / "a"), SIZE, 0, 4, "train", ALONE)
     assert (len(flat.photographs), list(flat.labels), flat.class_names) == (6, [], ())
 
 
 def test_what_is_missing_is_told(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        find_photographs("folder", str(tmp_path / "nowhere"), SIZE, 0, 4, "train")
+        find_photographs("folder", str(tmp_path / "nowhere"), SIZE, 0, 4, "train", ALONE)
     with pytest.raises(UserError, match="has no val/ folder"):
-        find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val")
+        find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val", ALONE)
     with pytest.raises(UserError, match="a batch of 12 does not fit a set of 11 images"):
-        find_photographs("folder", str(tmp_path), SIZE, 0, 12, "train")
+        find_photographs("folder", str(tmp_path), SIZE, 0, 12, "train", ALONE)
     with pytest.raises(UserError, match="a batch of 6001 does not fit a set of 6000 images"):
-        find_photographs("shapes", "", SIZE, 0, 6001, "train")
+        find_photographs("shapes", "", SIZE, 0, 6001, "train", ALONE)
     (tmp_path / "val").mkdir()
     with pytest.raises(UserError, match="no images in"):
-        find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val")
+        find_photographs("folder", str(tmp_path), SIZE, 0, 4, "val", ALONE)
 
 
 def test_shapes_need_no_files() -> None:
-    train = find_photographs("shapes", "", 16, 0, 4, "train")
-    test = find_photographs("shapes", "", 16, 0, 4, "val")
+    train = find_photographs("shapes", "", 16, 0, 4, "train", ALONE)
+    test = find_photographs("shapes", "", 16, 0, 4, "val", ALONE)
     assert len(train.photographs) == len(train.labels) > len(test.photographs) > 0
     assert train.photographs[0].shape == (3, 16, 16)
     assert not torch.equal(train.photographs[0], test.photographs[0])
@@ -171,7 +201,7 @@ def test_evaluation_views_are_torchvisions(files: list[Path]) -> None:
         [transforms.Resize(32, antialias=True), transforms.CenterCrop(28)]
     )
     for index, path in enumerate(files):
-        view, found = views[index]
+        view, found, _ = views[index]
         expected = numpy.array(reference(Image.open(path).convert("RGB"))).astype(int)
         assert found == index
         assert numpy.abs(view[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1

@@ -20,18 +20,14 @@ from common.data.listing import list_images
 from common.data.loader import CropLoader, Loading
 from common.data.photographs import CentreCrops, RandomCrops
 from common.data.shapes import CLASS_NAMES, shapes
+from common.evaluation import feature_batches
 from common.evaluation import test_runner as linear_evaluation
 from common.evaluation.accuracy import count_right
 from common.evaluation.classifier import Classifiers, new_classifier
-from common.evaluation.test_runner import (
-    Config,
-    cached_batches,
-    cropped_batches,
-    fit,
-    load_backbone,
-)
+from common.evaluation.feature_batches import cached_batches, cropped_batches
+from common.evaluation.test_runner import Config, fit, load_backbone
 from common.networks.resnet import imagenet_resnet
-from common.runtime.errors import UserError
+from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order, generator_for
 from common.training.signals import StopFlag
@@ -164,7 +160,7 @@ def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> N
     torch.set_num_threads(1)
     backbone = load_backbone(weights, "resnet18")
     files = list_images(folder / "train")
-    crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0, skip_broken=False)
+    crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0)
 
     def views(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         loader = CropLoader(crops, BATCH, 0, Loading(0), ALONE)
@@ -253,9 +249,10 @@ def test_a_batch_in_pieces_is_the_same(rank: int, monkeypatch: pytest.MonkeyPatc
         return images.flatten(1).double()
 
     def epoch(at_once: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        monkeypatch.setattr(linear_evaluation, "EVALUATION_BATCH", at_once)
+        monkeypatch.setattr(feature_batches, "EVALUATION_BATCH", at_once)
         ranks = Ranks(rank, 2, ALONE.device)
-        return list(cropped_batches(list(images), labels, encode, config, ranks)(1, 1))
+        stop = StopFlag(ALONE)
+        return list(cropped_batches(list(images), labels, encode, config, ranks, stop)(1, 1))
 
     whole = epoch(256)
     assert most == [4, 2]  # a rank's half of the steps 1 and 2, of 8 and of 5 photographs
@@ -290,13 +287,15 @@ def test_photographs_without_classes_are_told_at_once(
     (flat / "train").symlink_to(folder / "train")
     for path in list_images(folder / "val"):
         (flat / "val" / path.name).write_bytes(path.read_bytes())
+    stray = min(path.name for path in (flat / "val").iterdir())
     done = run(command(flat, weights, tmp_path / "run", *extra), status=1)
     assert done.stderr.strip() == (
-        f"error: {flat} needs train/<class>/* and val/<class>/* of the same classes"
+        f"error: {flat} needs train/<class>/* and val/<class>/*, and val/{stray} is in no class "
+        "folder"
     )
 
 
-def test_a_broken_file_is_told_without_a_flag_that_does_not_help(
+def test_a_broken_evaluation_file_is_told_whatever_is_skipped(
     folder: Path, weights: Path, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "damaged"
@@ -305,8 +304,114 @@ def test_a_broken_file_is_told_without_a_flag_that_does_not_help(
     file.write_bytes(b"no picture")
     done = run(command(damaged, weights, tmp_path / "run", "--skip-broken"), status=1)
     assert f"{file} cannot be decoded" in done.stderr
-    assert "repair it or remove it" in done.stderr
-    assert "--skip-broken" not in done.stderr
+    assert "restore the file or remove it, or if it is a training image" in done.stderr
+
+
+def evaluate(folder: Path, weights: Path, run_dir: Path, **settings: object) -> None:
+    """The script in this process."""
+    values = {
+        "pretrained": str(weights),
+        "data_root": str(folder),
+        "run_dir": str(run_dir),
+        "backbone": "resnet18",
+        "image_size": SIZE,
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "base_lr": BASE_LR,
+        "workers": 0,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    linear_evaluation.main(Config(**{**values, **settings}))
+
+
+def test_another_data_set_of_the_same_numbers_trains_its_own_classifier(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    """As the folds of a cross-validation: two classes change their names."""
+    other, run_dir = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(folder, other)
+    for split in ("train", "val"):
+        first, second = other / split / CLASS_NAMES[0], other / split / CLASS_NAMES[1]
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        (tmp_path / "aside").rename(second)
+    shutil.copytree(whole, run_dir)
+    evaluate(other, weights, run_dir)
+    evaluate(other, weights, tmp_path / "new")
+    ours, theirs, before = trained(run_dir), trained(tmp_path / "new"), trained(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not torch.equal(ours["weight"], before["weight"])
+    unfinished = state(run_dir, "linear_last.pt")
+    unfinished["epoch"] = 1
+    torch.save(unfinished, run_dir / "linear_last.pt")
+    with pytest.raises(UserError, match=r"images was '21 images, .*', now '21 images, .*remove"):
+        evaluate(folder, weights, run_dir)
+
+
+def test_classes_and_files_that_do_not_match_are_named(
+    folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    (tmp_path / "set" / "val" / CLASS_NAMES[2]).rename(tmp_path / "set" / "val" / "yak")
+    with pytest.raises(UserError, match=r"^val/ has 1 classes that .* do not have: yak$"):
+        evaluate(tmp_path / "set", weights, tmp_path / "run")
+    shutil.copy(list_images(folder / "val")[0], tmp_path / "set" / "train" / "stray.jpg")
+    with pytest.raises(UserError, match=r"and train/stray\.jpg is in no class folder$"):
+        evaluate(tmp_path / "set", weights, tmp_path / "run")
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> tuple[Path, int]:
+    """The folder with one broken training file, the last of its class, and its index."""
+    shutil.copytree(folder, tmp_path / "damaged")
+    files = list_images(tmp_path / "damaged" / "train")
+    index = next(k for k in range(20) if files[k].parent != files[k + 1].parent)
+    files[index].write_bytes(b"no picture")
+    return tmp_path / "damaged", index
+
+
+def test_skip_broken_reaches_cached_features_and_knn(
+    damaged: tuple[Path, int],
+    folder: Path,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The next file takes the place of the broken one, with its own label."""
+    root, index = damaged
+    settings = {"cache_features": True, "knn": True}
+    with pytest.raises(UserError, match=r"cannot be decoded .* repeat .* with --skip-broken$"):
+        evaluate(root, weights, tmp_path / "run", **settings)
+    capsys.readouterr()
+    evaluate(root, weights, tmp_path / "run", skip_broken=True, **settings)
+    assert "replaced by the next ones: 1 (" in capsys.readouterr().out
+    x, y = centre_crops(folder / "train", weights)
+    assert y[index] != y[index + 1]
+    x[index], y[index] = x[index + 1], y[index + 1]
+    assert_trained(tmp_path / "run", larc_by_hand(batches_of(x, y)), "cached")
+    bank, right = x / x.norm(dim=1, keepdim=True), 0
+    for query, label in zip(*centre_crops(folder / "val", weights), strict=True):
+        votes = (bank @ (query / query.norm()) / 0.1).exp()
+        right += int(
+            torch.zeros(CLASSES, dtype=votes.dtype).index_add(0, y, votes).argmax() == label
+        )
+    row = json.loads((tmp_path / "run" / "linear.jsonl").read_text())
+    assert row["knn"] == pytest.approx(100 * right / 17)
+
+
+def test_a_training_file_that_breaks_stops_with_a_checkpoint(
+    damaged: tuple[Path, int], weights: Path, tmp_path: Path
+) -> None:
+    root, _ = damaged
+    with pytest.raises(StopRequested) as stopped:
+        evaluate(root, weights, tmp_path / "run")
+    assert stopped.value.exit_status == 1
+    assert state(tmp_path / "run", "linear_last.pt")["epoch"] == 0
+    evaluate(root, weights, tmp_path / "run", skip_broken=True)
+    evaluate(root, weights, tmp_path / "new", skip_broken=True)
+    ours, theirs = trained(tmp_path / "run"), trained(tmp_path / "new")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_result_that_cannot_be_written_is_told(

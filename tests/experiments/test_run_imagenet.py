@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 
 from common.data.shapes import shapes
 from common.runtime.errors import UserError
+from common.runtime.seeding import epoch_order
 from scripts import assert_equal, command_line, kill, metrics, on_two_ranks, run, start_until, state
 
 EXPERIMENTS = {
@@ -131,19 +133,40 @@ def test_two_ranks_stop_together_with_one_checkpoint(folder: Path, tmp_path: Pat
     assert not (tmp_path / "backbone.pt").exists()
 
 
-def test_a_broken_photograph_is_one_sentence(folder: Path, tmp_path: Path) -> None:
-    for index, source in enumerate(sorted(folder.iterdir())[:9]):
-        content = source.read_bytes()
-        target = tmp_path / "photographs" / source.name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(content[:200] if index == 8 else content)
-    broken = command("simsiam_imagenet", tmp_path / "photographs", tmp_path / "run")
-    done = run([*broken, "--batch-size", "9"], status=1)
-    last_line = done.stderr.splitlines()[-1]
-    assert last_line.startswith("error: ")
-    assert "08.jpg cannot be decoded" in last_line
-    assert "Traceback" not in done.stderr
-    run([*broken, "--batch-size", "9", "--skip-broken", "--epochs", "1", "--fresh"])
+def test_a_photograph_that_breaks_stops_with_a_checkpoint_and_both_remedies_work(
+    folder: Path, tmp_path: Path
+) -> None:
+    """On two ranks, of which one meets the file."""
+    photographs, run_dir, whole = tmp_path / "photographs", tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(folder, photographs)
+
+    def arguments(run_dir: Path, *extra: str) -> list[str]:
+        return on_two_ranks(command("simsiam_imagenet", photographs, run_dir, *extra))
+
+    # The file is used in the first epoch's second step, by the last rank.
+    index = int(epoch_order(17, 0, 1)[15])
+    broken = photographs / f"{index:02d}.jpg"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:200])
+    done = run(arguments(run_dir), status=1)
+    (line,) = [line for line in done.stderr.splitlines() if str(broken) in line]
+    assert re.search(r"error: .* cannot be decoded .*Restore .* go on with --skip-broken$", line)
+    assert done.stderr.count("Stopped, with a checkpoint") == 1
+    assert "Error" not in done.stderr.replace("ChildFailedError", "")
+    assert state(run_dir)["progress"]["step"] == 2
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run_dir, stopped)
+
+    done = run(arguments(run_dir, "--skip-broken"))
+    told = rf"process \d: broken files that were replaced by the next ones: 1 \({broken} cannot"
+    is_met_again = index in epoch_order(17, 0, 2)[:16]
+    assert len(re.findall(told, done.stdout)) == int(is_met_again)
+    run(arguments(whole, "--skip-broken"))
+    assert_same_end(run_dir, whole)
+
+    broken.write_bytes(content)
+    run(arguments(stopped))
+    assert [row["epoch"] for row in metrics(stopped)] == [1, 2]
 
 
 ERRORS = {

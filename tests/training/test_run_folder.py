@@ -389,6 +389,7 @@ def test_a_changed_setting(name: str, folder: Path) -> None:
             "workers",
             "prefetch",
             "pin_memory",
+            "skip_broken",
             "compile",
             "data_root",
             "run_dir",
@@ -418,13 +419,20 @@ def test_the_same_settings_continue(folder: Path) -> None:
 
 
 def test_another_number_of_images_is_refused() -> None:
-    Progress(images=50_000).check_images(50_000)
+    Progress(images=50_000).check_images(50_000, "new")
     with pytest.raises(UserError, match=r"with 50000 training images, now there are 49999"):
-        Progress(images=50_000).check_images(49_999)
+        Progress(images=50_000).check_images(49_999, "new")
+
+
+def test_other_images_of_the_same_number_are_refused() -> None:
+    progress = Progress(images=5, fingerprint="5 images, checksum 00000001")
+    progress.check_images(5, "5 images, checksum 00000001")
+    with pytest.raises(UserError, match=r"\(5 images, checksum 00000001\), now .* 00000002"):
+        progress.check_images(5, "5 images, checksum 00000002")
 
 
 def test_progress_comes_back_and_an_older_version_s_lacks_values() -> None:
-    whole = Progress(3, 2, {"loss": 0.5}, 100, 10.0, 20.0, 30.0, [15, 2])
+    whole = Progress(3, 2, {"loss": 0.5}, 100, 10.0, 20.0, 30.0, [15, 2], "100 images")
     assert Progress.of(asdict(whole)) == whole
     assert Progress.of({"epoch": 3, "images": 100}) == Progress(epoch=3, images=100)
 

@@ -1,0 +1,146 @@
+"""Features of photographs by a frozen backbone, in the batches that train a linear classifier."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.augment.base import Draws
+from common.augment.crop import RandomFlip
+from common.data.loader import CropLoader, Loading, load, tell_skipped
+from common.data.photographs import CentreCrops, Photograph, RandomCrops, unpack
+from common.evaluation.accuracy import EVALUATION_BATCH
+from common.evaluation.classifier import Batches, batches_of_epoch
+from common.runtime.errors import StopRequested, UserError
+from common.runtime.ranks import Ranks, send
+from common.runtime.seeding import generator_for
+from common.training.signals import StopFlag
+
+CROP_SCALE = (0.08, 1.0)  # area of a training crop, as a fraction of the photograph's
+
+
+class BatchConfig(Protocol):
+    """The settings that decide what is in a batch."""
+
+    image_size: int
+    workers: int
+    skip_broken: bool
+    batch_size: int
+    seed: int
+
+
+def centre_features(
+    photographs: Sequence[Photograph],
+    encode: Callable[[Tensor], Tensor],
+    feature_dim: int,
+    image_size: int,
+    loading: Loading,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> tuple[Tensor, Tensor]:
+    """Features of the centre crops of this rank's photographs: rank, rank + world_size, …
+
+    Args:
+        encode: uint8 `[B, 3, image_size, image_size]` on the device to float `[B, feature_dim]`.
+
+    Returns:
+        Features float `[n, feature_dim]` on the device, and int64 `[n]` on the CPU: the photograph
+        that each is of, with `skip_broken` the next one in place of a broken file.
+
+    Raises:
+        UserError: if a file cannot be decoded, without `skip_broken`.
+        StopRequested: when a signal came.
+    """
+    mine = range(ranks.rank, len(photographs), ranks.world_size)
+    views = CentreCrops(photographs, image_size)
+    loader = load(
+        views, loading, ranks, EVALUATION_BATCH, sampler=mine, batch_size=EVALUATION_BATCH
+    )
+    features = [torch.empty(0, feature_dim, device=ranks.device)]
+    used = [torch.empty(0, dtype=torch.int64)]
+    skipped: list[str] = []
+    for batch in tqdm(loader, "features", disable=not ranks.is_main):
+        loaded = unpack(batch)
+        skipped += loaded.broken
+        if skipped and not loading.skip_broken:
+            raise UserError(
+                f"{skipped[0]}; restore the file or remove it, or if it is a training image, "
+                "repeat the command with --skip-broken"
+            )
+        features.append(encode(loaded.crops[0].to(ranks.device, non_blocking=True)))
+        used.append(loaded.indices)
+        if stop.requested:
+            again = "Stopped while features were extracted: the same command extracts them again."
+            raise StopRequested(stop.exit_status, again)
+    tell_skipped(skipped, ranks)
+    return torch.cat(features), torch.cat(used)
+
+
+def cropped_batches(
+    photographs: Sequence[Photograph],
+    labels: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    config: BatchConfig,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> Batches:
+    """The protocol's training views: a random crop and a flip of each photograph.
+
+    Args:
+        stop: set where a file cannot be decoded, unless the config says `skip_broken`.
+    """
+    crops = RandomCrops(photographs, 1, config.image_size, CROP_SCALE, config.seed)
+    loading = Loading(config.workers, skip_broken=config.skip_broken)
+    # Thousands at once would fill a GPU, and a worker would need seconds for them.
+    at_once = EVALUATION_BATCH
+    loader = CropLoader(crops, config.batch_size, config.seed, loading, ranks, at_once)
+    steps = steps_of(len(photographs), config, ranks)
+    flip, size = RandomFlip(), (config.image_size, config.image_size)
+
+    def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        loaded = loader.epoch(epoch, first_step, steps)
+        for step, pieces in itertools.groupby(loaded, key=itemgetter(0)):
+            count = loader.batches.count(step)
+            generator = generator_for("linear", config.seed, epoch, step)
+            draws = flip.draw(count, size, generator)[ranks.share(count)].split(at_once)
+            features, own = [], []
+            for piece, (_, (images,), indices) in zip(draws, pieces, strict=True):
+                images = flip.apply(images, Draws.of(piece, images.device))
+                features.append(encode(images))
+                own.append(indices)
+            if loader.must_stop:
+                stop.fail()
+            yield step, torch.cat(features), labels[send(torch.cat(own), labels.device)]
+
+    return batches
+
+
+def cached_batches(features: Tensor, labels: Tensor, config: BatchConfig, ranks: Ranks) -> Batches:
+    """Batches of ready features `[N, d]`, in the same order as `cropped_batches`'.
+
+    A batch's features are valid until the next one, which is written into the same memory: to take
+    new memory for each costs more than the copy itself.
+    """
+    memory = features.new_empty(config.batch_size // ranks.world_size, features.shape[1])
+
+    def batches(epoch: int, first_step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for step, batch, rows in batches_of_epoch(
+            len(features), config.batch_size, config.seed, ranks, epoch, first_step
+        ):
+            index = send(batch[rows], features.device)
+            x = torch.index_select(features, 0, index, out=memory[: len(index)])
+            yield step, x, labels.index_select(0, index)
+
+    return batches
+
+
+def steps_of(count: int, config: BatchConfig, ranks: Ranks) -> int:
+    """Steps of an epoch: with a last, smaller batch, unless the ranks cannot share it."""
+    whole, rest = divmod(count, config.batch_size)
+    return whole + (rest >= ranks.world_size)
