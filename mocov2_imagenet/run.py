@@ -35,6 +35,7 @@ from common.data.batches import PhotographBatches
 from common.data.loader import Loading
 from common.data.photographs import RandomCrops, find_photographs
 from common.dssl import loss_parts
+from common.evaluation.photographs import PhotographEvaluation
 from common.networks.ema import make_target, update
 from common.networks.queue import KeyQueue
 from common.networks.resnet import Depth
@@ -95,6 +96,9 @@ class Config:
     lr: Rate = 0.03  # for any batch size; cosine, no warm-up
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-4  # on every parameter
+    # evaluation
+    knn_every: Count = 10  # epochs; 0: no kNN
+    knn_images: Positive = 50  # training photographs of each class in kNN's bank
     # run
     max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
     checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
@@ -159,6 +163,7 @@ def main(config: Config) -> None:
     parts = {"model": network, "keys": key_network, "queue": queue, "optimiser": optimiser}
 
     with run.training(parts, batches, view_maker) as training:
+        evaluation = PhotographEvaluation(training, network, found, config)
         for epoch in training.epochs():
             training.set_lr(cosine(epoch - 1, config.epochs, config.lr))
             for batch in training.steps(epoch):
@@ -180,7 +185,9 @@ def main(config: Config) -> None:
                     training.add(part)
                 optimiser.step()
                 queue.push(keys.second)
+            training.row |= evaluation.after_epoch(epoch)
 
+    evaluation.neighbours()
     training.finish()
 
 

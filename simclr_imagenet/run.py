@@ -35,6 +35,7 @@ from common.data.batches import PhotographBatches
 from common.data.loader import Loading
 from common.data.photographs import RandomCrops, find_photographs
 from common.dssl import loss_parts
+from common.evaluation.photographs import PhotographEvaluation
 from common.losses.contrastive import nt_xent
 from common.networks.resnet import Depth
 from common.runtime.errors import require
@@ -92,6 +93,9 @@ class Config:
     base_lr: Rate = 0.3  # for a batch of 256; scales with the batch
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-6  # on every parameter
+    # evaluation
+    knn_every: Count = 10  # epochs; 0: no kNN
+    knn_images: Positive = 50  # training photographs of each class in kNN's bank
     # run
     max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
     checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
@@ -142,6 +146,7 @@ def main(config: Config) -> None:
     parts = {"model": network, "optimiser": optimiser}
 
     with run.training(parts, batches, view_maker) as training:
+        evaluation = PhotographEvaluation(training, network, found, config)
         for epoch in training.epochs():
             training.set_lr(cosine(epoch - 1, config.epochs, peak_lr, config.warmup_epochs))
             for batch in training.steps(epoch):
@@ -153,7 +158,9 @@ def main(config: Config) -> None:
                     part.loss.backward()
                     training.add(part)
                 optimiser.step()
+            training.row |= evaluation.after_epoch(epoch)
 
+    evaluation.neighbours()
     training.finish()
 
 

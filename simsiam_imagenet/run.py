@@ -28,6 +28,7 @@ from common.data.batches import PhotographBatches
 from common.data.loader import Loading
 from common.data.photographs import RandomCrops, find_photographs
 from common.dssl import loss_parts
+from common.evaluation.photographs import PhotographEvaluation
 from common.networks.resnet import Depth
 from common.runtime.errors import require
 from common.runtime.precision import Precision
@@ -81,6 +82,9 @@ class Config:
     lr: Rate = 0.1  # for any batch size; cosine, no warm-up
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-4  # on every parameter
+    # evaluation
+    knn_every: Count = 10  # epochs; 0: no kNN
+    knn_images: Positive = 50  # training photographs of each class in kNN's bank
     # run
     max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
     checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
@@ -127,6 +131,7 @@ def main(config: Config) -> None:
     parts = {"model": network, "optimiser": optimiser}
 
     with run.training(parts, batches, view_maker) as training:
+        evaluation = PhotographEvaluation(training, network, found, config)
         for epoch in training.epochs():
             training.set_lr(cosine(epoch - 1, config.epochs, config.lr))
             for batch in training.steps(epoch):
@@ -138,7 +143,9 @@ def main(config: Config) -> None:
                     part.loss.backward()
                     training.add(part)
                 optimiser.step()
+            training.row |= evaluation.after_epoch(epoch)
 
+    evaluation.neighbours()
     training.finish()
 
 

@@ -33,6 +33,7 @@ MAY_CHANGE = frozenset(
         "skip_broken",
         "compile",
         "knn_every",
+        "knn_images",
         "linear_epochs",
         "max_steps",
         "checkpoint_minutes",

@@ -109,6 +109,7 @@ class Bar:
         """Count a step of `images` images, and show the latest values by name."""
         self._images += images
         shown = [f"{name} {latest[name]:.3f}" for name in ("loss", "spread") if name in latest]
+        shown += [f"kNN {latest['knn']:.1f} %"] if "knn" in latest else []
         shown.append(f"{self.images_per_second:.0f} images/s")
         self._bar.set_description(f"epoch {epoch}", refresh=False)
         self._bar.set_postfix_str(", ".join(shown), refresh=False)

@@ -142,7 +142,8 @@ class Training:
             self.meter.end_step(
                 {"stop": self.stop.requested, "checkpoint": due and self.ranks.is_main}
             )
-            self.bar.step(epoch, self.meter.latest, self.config.batch_size)
+            knn = {} if self.progress.knn is None else {"knn": self.progress.knn}
+            self.bar.step(epoch, {**self.meter.latest, **knn}, self.config.batch_size)
             if self.meter.take_request("stop"):
                 raise StopRequested(self.stop.exit_status)
             if self.meter.take_request("checkpoint"):

@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "workers": 4,
     "prefetch": 4,
     "pin_memory": True,
+    "knn_images": 50,
 }  # as the ImageNet experiments have
 
 
@@ -365,7 +366,7 @@ def changed(value: Any) -> Any:
 
 def test_may_change_names_real_settings() -> None:
     names = {field.name for field in fields(Config)}
-    assert names | {"workers", "prefetch", "pin_memory"} >= MAY_CHANGE
+    assert names | {"workers", "prefetch", "pin_memory", "knn_images"} >= MAY_CHANGE
 
 
 def refusal(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -395,7 +396,7 @@ def test_a_changed_setting(name: str, folder: Path) -> None:
             "run_dir",
             "fresh",
         ),
-        *("knn_every", "linear_epochs", "max_steps", "checkpoint_minutes"),
+        *("knn_every", "knn_images", "linear_epochs", "max_steps", "checkpoint_minutes"),
     }:
         assert message is None
     else:

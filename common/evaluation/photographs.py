@@ -1,0 +1,137 @@
+"""Evaluation of a run on photographs: kNN while it trains, alike photographs at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.augment.imagenet import normalised
+from common.data.listing import renumber
+from common.data.loader import Loading
+from common.data.photographs import Photograph, PhotographSet, find_photographs
+from common.evaluation.feature_batches import centre_features
+from common.evaluation.knn import knn_predict
+from common.evaluation.neighbours import CELL, sample, show_neighbours
+from common.runtime.precision import autocast
+from common.runtime.ranks import Ranks
+from common.training.training import Training
+
+
+class EvaluationConfig(Protocol):
+    """The settings of the evaluation."""
+
+    dataset: str
+    data_root: str
+    image_size: int
+    workers: int
+    seed: int
+    knn_every: int
+    knn_images: int
+
+
+class PhotographEvaluation:
+    """Measures the frozen backbone of a run, in eval mode.
+
+    kNN takes `knn_images` training photographs of each class as the bank, and all of val/. Without
+    classes, without val/, or with `knn_every` 0 there is no kNN.
+
+    Args:
+        training: of the run.
+        network: with a `backbone`; every rank's buffers become rank 0's.
+        train: the training photographs.
+
+    Raises:
+        UserError: if val/ has classes that the training photographs do not have.
+    """
+
+    def __init__(
+        self, training: Training, network: nn.Module, train: PhotographSet, config: EvaluationConfig
+    ) -> None:
+        self.training = training
+        self.network = network
+        self.train = train
+        self.config = config
+        self.val: PhotographSet | None = None
+        has_val = config.dataset == "shapes" or (Path(config.data_root) / "val").is_dir()
+        if config.knn_every and train.class_names and has_val:
+            source = (config.dataset, config.data_root, config.image_size, config.seed)
+            self.val = find_photographs(*source, 1, "val", training.ranks)
+            names = (self.val.class_names, train.class_names)
+            self.val_labels = torch.tensor(renumber(self.val.labels, *names, "val/"))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Features float32 `[B, feature_dim]` of uint8 `[B, 3, H, W]` on the device."""
+        with autocast(self.training.config.precision, images.device):
+            return self.network.backbone(normalised(images)).float()
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """kNN accuracy in percent over all of val/, as "knn" for the epoch's row, if it is due."""
+        every, training = self.config.knn_every, self.training
+        if self.val is None or (epoch % every and epoch != training.last_epoch):
+            return {}
+        ranks = training.ranks
+        ranks.broadcast_buffers(self.network)
+        labels = torch.tensor(self.train.labels)
+        chosen = first_of_each_class(labels, self.config.knn_images)
+        photographs = [self.train.photographs[index] for index in chosen]
+        bank, used = self._features(photographs, self.encode, ranks, skip_broken=True)
+        bank_labels = labels[chosen][used].to(ranks.device)
+        queries, _ = self._features(self.val.photographs, self.encode, ranks, skip_broken=False)
+        queries = ranks.gather(queries, len(self.val_labels))
+        predictions = knn_predict(
+            queries, bank, bank_labels, len(self.train.class_names), ranks=ranks
+        )
+        right = (predictions.cpu() == self.val_labels).sum().item()
+        training.progress.knn = 100 * right / len(self.val_labels)
+        return {"knn": training.progress.knn}
+
+    def neighbours(self) -> None:
+        """Show which training photographs the backbone finds alike; needs no labels."""
+        ranks = self.training.ranks
+        if not ranks.is_main:
+            return
+        side = min(CELL, self.config.image_size)
+        small: list[Tensor] = []
+
+        def encode(images: Tensor) -> Tensor:
+            shrunk = F.interpolate(images.float(), (side, side), mode="area")
+            small.append(shrunk.round().to(torch.uint8).cpu())
+            return self.encode(images)
+
+        index = sample(len(self.train.photographs)).tolist()
+        photographs = [self.train.photographs[number] for number in index]
+        alone = Ranks(0, 1, ranks.device)
+        features, _ = self._features(photographs, encode, alone, skip_broken=True)
+        show_neighbours(self.training, torch.cat(small), features)
+
+    def _features(
+        self,
+        photographs: Sequence[Photograph],
+        encode: Callable[[Tensor], Tensor],
+        ranks: Ranks,
+        skip_broken: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """As `centre_features`, in eval mode."""
+        backbone, config = self.network.backbone, self.config
+        loading = Loading(config.workers, skip_broken=skip_broken)
+        size = (backbone.feature_dim, config.image_size)
+        backbone.eval()
+        try:
+            return centre_features(photographs, encode, *size, loading, ranks, self.training.stop)
+        finally:
+            backbone.train()
+
+
+def first_of_each_class(labels: Tensor, count: int) -> list[int]:
+    """Indices of the first `count` images of each class, in order; labels int64 `[N]`."""
+    order = labels.argsort(stable=True)
+    grouped = labels[order]
+    starts = torch.searchsorted(grouped, grouped)  # where each image's class begins
+    place = torch.arange(len(labels)) - starts
+    return order[place < count].sort().values.tolist()

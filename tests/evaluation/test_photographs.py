@@ -1,0 +1,79 @@
+"""kNN of a run on photographs: which are in the bank, whose labels they have, and its accuracy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.data.photographs import PhotographSet
+from common.evaluation import photographs
+from common.evaluation.photographs import PhotographEvaluation, first_of_each_class
+from common.runtime.ranks import Ranks
+
+
+def test_the_first_of_each_class_in_order() -> None:
+    labels = torch.tensor([2, 0, 2, 1, 0, 2, 0, 0])
+    assert first_of_each_class(labels, 2) == [0, 1, 2, 3, 4]
+    assert first_of_each_class(labels, 1) == [0, 1, 3]
+    assert first_of_each_class(labels, 9) == list(range(8))
+
+
+class MeanColour(nn.Module):
+    """A backbone whose features are the mean of each channel."""
+
+    feature_dim = 3
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not self.training
+        return images.mean(dim=(2, 3))
+
+
+def of_colours(*colours: tuple[int, int, int]) -> list[Tensor]:
+    return [torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, 40, 40) for c in colours]
+
+
+RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
+
+
+def test_knn_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third red photograph is labelled blue; a bank of two of each class leaves it out."""
+    train = PhotographSet(
+        of_colours(RED, GREEN, BLUE, RED, GREEN, BLUE, RED),
+        [0, 1, 2, 0, 1, 2, 2],
+        ("red", "green", "blue"),
+        "train",
+    )
+    # Of other names in another order: the labels are renumbered.
+    val = PhotographSet(of_colours(BLUE, RED, RED, GREEN), [0, 1, 1, 0], ("blue", "red"), "val")
+    monkeypatch.setattr(photographs, "find_photographs", lambda *arguments: val)
+    training = SimpleNamespace(
+        ranks=Ranks(0, 1, torch.device("cpu")),
+        config=SimpleNamespace(precision="fp32"),
+        progress=SimpleNamespace(knn=None),
+        stop=SimpleNamespace(requested=False),
+        last_epoch=25,
+    )
+    config = SimpleNamespace(
+        dataset="shapes", data_root="", image_size=32, workers=0, seed=0, knn_every=10, knn_images=2
+    )
+    network = nn.Module()
+    network.backbone = MeanColour()
+    evaluation = PhotographEvaluation(training, network, train, config)
+    due = {epoch: evaluation.after_epoch(epoch) for epoch in (1, 10, 11, 20, 25)}
+    # Blue and both reds are right; green is called blue in val/ and green by its neighbours. All
+    # six vote; the nearest two weigh most.
+    assert due == {1: {}, 10: {"knn": 75.0}, 11: {}, 20: {"knn": 75.0}, 25: {"knn": 75.0}}
+    assert training.progress.knn == 75.0
+    assert network.backbone.training
+
+
+@pytest.mark.parametrize("change", [{"knn_every": 0}, {"data_root": "/nowhere"}])
+def test_without_val_or_turned_off_there_is_no_knn(change: dict[str, object]) -> None:
+    config = SimpleNamespace(
+        **{"dataset": "folder", "data_root": "", "knn_every": 1, "image_size": 32, **change}
+    )
+    train = PhotographSet(of_colours(RED), [0], ("red",), "train")
+    assert PhotographEvaluation(None, None, train, config).after_epoch(1) == {}
