@@ -65,7 +65,7 @@ def centre_features(
     features = [torch.empty(0, feature_dim, device=ranks.device)]
     used = [torch.empty(0, dtype=torch.int64)]
     skipped: list[str] = []
-    for batch in tqdm(loader, "features", disable=not ranks.is_main):
+    for batch in tqdm(loader, "features", disable=not ranks.is_main, leave=False):
         loaded = unpack(batch)
         skipped += loaded.broken
         if skipped and not loading.skip_broken:
