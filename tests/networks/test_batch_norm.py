@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.networks import batch_norm as module
 from common.networks.batch_norm import BatchNorm, convert
 from simsiam_cifar10.model import SimSiam
 
@@ -248,3 +249,59 @@ def test_names_parameters_and_state_are_those_of_torchs_layers() -> None:
 def test_layers_that_would_need_a_count_or_no_averages_are_refused(layer: nn.Module) -> None:
     with pytest.raises(ValueError, match="running averages and a fixed momentum"):
         convert(nn.Sequential(layer))
+
+
+# ---------------------------------------------------------------- CUDA's kernels
+
+
+@pytest.fixture
+def alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A group of one process whose layers call the kernels and collectives of several."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(module, "_has_others", lambda: True)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_on_cuda_a_pass_equals_torchs_and_waits_for_nothing(
+    alone_on_cuda: None, dtype: torch.dtype, layout: str, affine: bool
+) -> None:
+    x, gradient = joined_batch(1, layout, dtype)
+    expected = passed(batch_norm(layout, affine).double(), x.double(), gradient.double())
+    layer = convert(batch_norm(layout, affine)).cuda()
+    x, gradient = x.cuda(), gradient.cuda()
+    passed(copy.deepcopy(layer), x, gradient)  # NCCL starts with the first collective
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = passed(layer, x, gradient)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        error = ERRORS[dtype] if name in ("y", "x") else 1e-4
+        result = ours[name].cpu().double()
+        torch.testing.assert_close(result, value, rtol=error, atol=5e-3, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_cuda_the_statistics_of_two_processes_are_those_of_the_joined_batch(
+    alone_on_cuda: None, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, _ = joined_batch(2, layout, torch.float32)
+    own, other = (half.cuda() for half in x.split(SHARE))
+    others = torch.cat(torch.batch_norm_stats(other, 1e-5))
+    monkeypatch.setattr(module, "_gather", lambda vector: torch.stack([vector, others]))
+    averages = torch.zeros(CHANNELS, device="cuda"), torch.ones(CHANNELS, device="cuda")
+    mean, inverse = module._joined_fused(own, *averages, 0.1, 1e-5)
+    dims = [0, *range(2, x.dim())]
+    var, expected = torch.var_mean(x.double(), dims, correction=0)
+    torch.testing.assert_close(mean.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inverse.cpu().double(), (var + 1e-5).rsqrt(), rtol=1e-4, atol=0)
+    unbiased = torch.var(x.double(), dims)
+    torch.testing.assert_close(averages[0].cpu().double(), 0.1 * expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(averages[1].cpu().double(), 0.9 + 0.1 * unbiased, rtol=1e-4, atol=0)
