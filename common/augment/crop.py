@@ -153,7 +153,8 @@ def draw_crops(
     place = torch.rand(batch, 2, generator=generator)
     # NumPy, whose calls cost a third of torch's on the few numbers of a photograph's crops.
     limits = np.array(size, dtype=np.float32)
-    area, aspect = area.numpy() * (height * width), np.exp(log_ratio.numpy())
+    # numpy below 2 makes float64 of float32 times an integer above 65,535.
+    area, aspect = area.numpy() * np.float32(height * width), np.exp(log_ratio.numpy())
     crops = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=2)))  # height, width
     fits = ((crops > 0) & (crops <= limits)).all(axis=2)
     crop = crops[np.arange(batch), fits.argmax(axis=1)]
