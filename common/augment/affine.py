@@ -67,7 +67,7 @@ _kept_sources = lru_cache(maxsize=32)(_sources)
 def affine(images: Tensor, matrix: Matrix) -> Tensor:
     """Transform uint8 images `[B, 3, H, W]`, on a CPU."""
     height, width = images.shape[2:]
-    # Keeping a whole photograph's would take much memory and serve nothing: their sizes differ.
+    # Photographs differ in size: to keep these for each would take gigabytes without any use.
     sources = _kept_sources if height * width <= 2**16 else _sources
     index, inside = sources(matrix, height, width)
     pixels = images.flatten(2)

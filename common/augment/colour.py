@@ -84,10 +84,10 @@ def hue_(levels: Tensor, shift: Tensor) -> Tensor:
     within ±0.1, 98 % of all colours and turns are within 6 levels of Pillow's, the farthest 18.
     """
     # Hue in sextants times the chroma C = max − min is a sum of channels, with no division: from
-    # pure red a colour lies max − 2 min + (red + green + blue) − 2 red away, on the one side or the
-    # other by the sign of green − blue. `turn` is added, and at a distance d around the circle of
-    # 6C the new red is min + clamp(2C − d, 0, C). Green and blue likewise. All but the turn are
-    # whole levels, so rounding it rounds the result.
+    # pure red a colour is max − 2 min + (red + green + blue) − 2 red away, on the side given by the
+    # sign of green − blue. `turn` is added, and at a distance d around the circle of 6C the new red
+    # is min + clamp(2C − d, 0, C). Green and blue likewise. All but the turn are whole levels, so
+    # rounding it rounds the result.
     red, green, blue = levels.to(levels_type()).unbind(1)
     top = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -100,18 +100,18 @@ def hue_(levels: Tensor, shift: Tensor) -> Tensor:
         distance = torch.sub(base, channel, alpha=2)
         opposite = (next_one - last_one).clamp_(-1, 0)  # −1 or 0
         distance.addcmul_(distance, opposite, value=2).add_(turn).abs_()
-        # Beyond 3C the circle comes back: 3C − d = |3C − distance|, which is to lie in C..2C.
+        # Beyond 3C the circle comes back: 3C − d = |3C − distance|, which is limited to C..2C.
         distance.sub_(chroma, alpha=3).abs_().clamp_(chroma, 2 * chroma)
         turned.append(distance.add_(low))
     return levels.copy_(torch.stack(turned, 1))
 
 
 class ColorJitter(Augmentation):
-    """torchvision's ColorJitter with an own order and own factors for each image.
+    """torchvision's ColorJitter, with an order and factors of its own for each image.
 
     Args:
-        brightness, contrast, saturation: factors lie in 1 ± this, at least 0.
-        hue: the turn lies in ± this (0..0.5 turns).
+        brightness, contrast, saturation: factors are within 1 ± this, and at least 0.
+        hue: the turn is within ± this (0..0.5 turns).
         probability: of an image to be jittered at all.
     """
 

@@ -63,17 +63,17 @@ def resize_weights(
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Resample uint8 `[B, 3, H, W]` by weights `[B, h, H]` and `[B, w, W]` to `[B, 3, h, w]`.
 
-    Weights `[1, …]` serve all images.
+    Weights `[1, …]` are used for all images.
 
     Along x, then along y, rounded and clipped to 0..255 after each, as Pillow does: equal, but for
-    values that lie within float32's rounding of a half (1, rarely 2 apart). Pillow from 13 on takes
+    values within float32's rounding of a half (1, rarely 2 apart). Pillow from 13 on takes
     y first for tall crops that shrink: there bilinear is up to 2 apart, bicubic at sharp edges 32.
     """
     rows = rows.expand(len(images), -1, -1)
     columns = columns.expand(len(images), -1, -1)
     if images.device.type != "cpu":
         return _resample(images, rows, columns).contiguous()
-    # In parts that the caches hold: half the time of 1,024 images of 32 px at once.
+    # In parts that fit into the caches: half the time of 1,024 images of 32 px at once.
     at_once = max(1, 2**17 // (images.shape[2] * images.shape[3]))
     parts = zip(images.split(at_once), rows.split(at_once), columns.split(at_once), strict=True)
     return torch.cat([_resample(*part) for part in parts])

@@ -16,7 +16,7 @@ class GridShuffle(Augmentation):
 
     def __init__(self, grid: int) -> None:
         self.grid = grid
-        # For each place, row by row: the tile that comes to lie there.
+        # For each place, row by row: the tile that moves there.
         self.columns = grid * grid
 
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:

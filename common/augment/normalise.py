@@ -15,5 +15,5 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     scale = constant(tuple(1 / (255 * s) for s in std), images.device)
     shift = constant(tuple(-m / s for m, s in zip(mean, std, strict=True)), images.device)
     pixels = images.to(torch.float32).mul_(scale[:, None, None]).add_(shift[:, None, None])
-    # Last, since arithmetic and casts are several times slower on CPUs while channels lie last.
+    # Last, since arithmetic and casts are several times slower on CPUs with channels last.
     return pixels.contiguous(memory_format=torch.channels_last)

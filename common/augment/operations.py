@@ -1,7 +1,7 @@
 """The sixteen operations of RandAugment on 8-bit batches, equal to Pillow to the bit on the CPU.
 
-Images are uint8 `[B, 3, H, W]` tensors on any device. The operations use integers, or single
-float32 operations in Pillow's own order, so that other devices have no room to round differently.
+Images are uint8 `[B, 3, H, W]` tensors on the CPU. The operations use integers, or single float32
+operations in Pillow's own order. GPUs have `randaugment_gpu.py`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class RandAugment(Augmentation):
         if num_ops < 1:
             raise UserError(f"RandAugment needs at least 1 operation, not {num_ops}")
         if not 0 <= magnitude <= 30:
-            raise UserError(f"RandAugment's magnitude M lies in 0..30, not {magnitude}")
+            raise UserError(f"RandAugment's magnitude M must be within 0..30, not {magnitude}")
         self.num_ops = num_ops
         self.magnitude = magnitude
         self.translate_relative = translate_relative

@@ -92,9 +92,7 @@ def _sources(values: Values, height: int, width: int, device: torch.device) -> T
 
 @lru_cache(maxsize=4)
 def _stretch_tables(device: torch.device) -> Tensor:
-    """AutoContrast's tables, uint8 `[256, 256, 256]` by (low, high, level): not every GPU has
-    float64.
-    """
+    """AutoContrast's, uint8 `[256, 256, 256]` by (low, high, level): some GPUs have no float64."""
     low, high = torch.arange(256)[:, None], torch.arange(256)
     return torch.cat([stretch_tables(part, high) for part in low.split(1)]).to(device)
 

@@ -32,6 +32,9 @@ from common.augment.operations import (
     stretch_tables,
 )
 
+# Operations in which tensors are faster.
+BY_TENSOR = ("Invert", "Posterize", "Solarize", "SolarizeAdd", "Sharpness")
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in the photograph's pixels
 Table = list[int]  # the new level of each of red's levels, green's, then blue's
 
@@ -56,9 +59,25 @@ def rand_augment_crop(photograph: Tensor, steps: Sequence[Step], box: Box) -> Te
     for step in reversed(steps):
         boxes.insert(0, _needed(step, boxes[0], height, width))
     left, top, right, bottom = boxes[0]
-    image = Image.fromarray(photograph[:, top:bottom, left:right].permute(1, 2, 0).numpy())
-    for step, before, after in zip(steps, boxes, boxes[1:], strict=False):
-        image = _operate(image, step, before, after, height, width)
+    part = photograph[:, top:bottom, left:right]
+    image = None  # the part in Pillow's memory, where it was last computed there
+    for index, step in enumerate(steps):
+        before, after = boxes[index : index + 2]
+        # Tensors are faster here, unless the part is in Pillow's memory and has to be there again.
+        stays = image is not None and any(later.name not in BY_TENSOR for later in steps[index:])
+        if step.name == "Sharpness" or (step.name in BY_TENSOR and not stays):
+            part = part if image is None else _as_tensor(image)
+            part = OPERATIONS[step.name](part[None], step.value)[0]
+            left, top = before[:2]
+            part = part[:, after[1] - top : after[3] - top, after[0] - left : after[2] - left]
+            image = None
+        else:
+            image = Image.fromarray(part.permute(1, 2, 0).numpy()) if image is None else image
+            image = _operate(image, step, before, after, height, width)
+    return part if image is None else _as_tensor(image)
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -98,8 +117,6 @@ def _operate(
         return image
     if name == "Color":
         return ImageEnhance.Color(image).enhance(value)
-    if name == "Sharpness":
-        return _cut(ImageEnhance.Sharpness(image).enhance(value), before, after)
     if name == "AutoContrast":
         table = _auto_contrast_table(image)
     elif name == "Equalize":

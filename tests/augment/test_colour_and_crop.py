@@ -261,7 +261,7 @@ def test_random_grey() -> None:
 
 
 @pytest.mark.parametrize("probability", [0, 0.2, 1])
-def test_random_grey_honours_its_probability(probability: float) -> None:
+def test_random_grey_has_its_probability(probability: float) -> None:
     draws = RandomGrey(probability).draw(20_000, (32, 32), seeded(9))
     assert_frequency(draws == 0, probability, "turned to grey")
 
@@ -721,7 +721,7 @@ def test_the_same_generator_gives_the_same_images(name: str) -> None:
 
 @every_augmentation
 def test_neither_images_nor_draws_are_changed(name: str) -> None:
-    """Nor does the result share memory with the images; how these lie in memory does not matter."""
+    """Nor does the result share memory with the images; their layout in memory does not matter."""
     augmentation, images = AUGMENTATIONS[name], cached_pictures(60, ODD_SIZE).clone()
     draws = augmentation.draw(60, ODD_SIZE, seeded(24))
     images_before, draws_before = images.clone(), draws.clone()

@@ -222,7 +222,7 @@ def test_contrast_for_every_mean() -> None:
 
 @pytest.mark.parametrize("name", SIGNED)
 def test_geometry_on_halves_and_wholes(name: str) -> None:
-    """Shifts of a half pixel put nearest neighbour on the fence; beyond the size all is black."""
+    """At half a pixel nearest neighbour has two candidates; beyond the size all is black."""
     values = (1e-9, 1e-5, 0.1, 0.25) if "Shear" in name else (1e-9, 0.25, 0.49, 0.5, 0.51, 1.0)
     if "Translate" in name:
         values += (1.5, 2.0, 2.5, 30.5, 31.0, 31.5, 32.0, 36.5, 37.0, 47.5, 48.0, 99.5, 100.0)
@@ -272,7 +272,7 @@ def test_cutout_where_truncation_turns_over(magnitude: int) -> None:
 
 
 def layouts(images: Tensor) -> dict[str, Tensor]:
-    """The same pixels, or as good ones, in other memory layouts."""
+    """The same or similar pixels in other memory layouts."""
     return {
         "channels_last": images.contiguous(memory_format=torch.channels_last),
         "strided": images.repeat_interleave(2, 2).repeat_interleave(3, 3)[:, :, 1::2, ::3],
