@@ -80,8 +80,7 @@ class Augmentation(ABC):
     def compile(self) -> None:  # noqa: B027 (for some there is nothing to compile)
         """From now on use `torch.compile` where it is faster, as `nn.Module.compile` does.
 
-        On a CPU the images stay the same to the bit, but where a blurred value is within float32's
-        rounding of a half, and what follows there.
+        On a CPU the images stay the same to the bit.
         """
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:

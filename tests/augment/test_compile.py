@@ -14,9 +14,9 @@ from torch.fx import GraphModule
 
 import simsiam_cifar10.run
 from assertions import assert_equal
-from common.augment.base import Draws, RandomApply
-from common.augment.blur import GaussianBlur, shifted_sums
+from common.augment.base import Chain, Draws, RandomApply
 from common.augment.cifar10 import standard_augmentation
+from common.augment.colour import ColorJitter, RandomGrey
 from common.augment.grid_shuffle import GridShuffle
 from common.augment.operations import OPERATIONS
 from common.augment.randaugment import RandAugment
@@ -73,26 +73,25 @@ def test_compiled_views_are_the_same_to_the_bit(traced: Traced) -> None:
     assert list(OPERATIONS) == list(heavy.choices[0].operations)
 
 
-def test_compiled_blur_is_the_same_but_for_rounding(traced: Traced) -> None:
+def test_a_gpus_steps_are_the_same_when_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ColorJitter and grey, one graph each. C++ for a CPU, which never runs them, takes minutes."""
+    traced: Traced = []
+
+    def run_traced(graph: GraphModule, example: list[torch.Tensor]) -> GraphModule:
+        traced.append(graph)
+        return graph
+
+    compiled = partial(torch.compile, backend=run_traced, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch.compiler.reset()
     images = pictures(COUNT, SIZE)
-    blur = GaussianBlur(probability=1)
-    draws = Draws.of(blur.draw(COUNT, SIZE, generator_for("views", 0)))
-    plain = blur.apply(images, draws).int()
-    blur.compile()
-    apart = (blur.apply(images, draws).int() - plain).abs()
-    assert len(traced) >= 2  # a radius each
-    assert apart.max() <= 1
-    assert (apart > 0).float().mean() < 1e-3
-
-
-def test_shifted_sums_by_hand() -> None:
-    """(1 2 1)/4 along both axes, the outermost pixels of 3 × 4 given."""
-    pixels = torch.tensor([[0.0, 16, 32, 0], [16, 64, 0, 0], [0, 16, 16, 160]]).expand(1, 3, 3, 4)
-    # Down the columns 24, … : (0 + 32 + 0)/4 = 8, (16 + 128 + 16)/4 = 40, (32 + 0 + 16)/4 = 12 and
-    # (0 + 0 + 160)/4 = 40; then across (8 + 80 + 12)/4 = 25 and (40 + 24 + 40)/4 = 26.
-    result = shifted_sums(pixels, torch.tensor([[0.25, 0.5, 0.25]]))
-    assert result.dtype == torch.uint8
-    assert result.tolist() == [[[[25, 26]]] * 3]
+    augmentation = Chain(ColorJitter(0.4, 0.4, 0.4, 0.1, 0.8), RandomGrey(0.2))
+    draws = Draws.of(augmentation.draw(COUNT, SIZE, generator_for("views", 0)))
+    plain = augmentation.apply(images, draws)
+    monkeypatch.setattr(Draws, "is_on_cpu", False)
+    augmentation.compile()
+    assert_equal(augmentation.apply(images, draws), plain, "traced")
+    assert len(traced) == 2
 
 
 def test_without_a_compiler_a_run_stops_before_any_work(
