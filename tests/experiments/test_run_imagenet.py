@@ -64,7 +64,7 @@ def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[s
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
     assert metrics(ours) == metrics(theirs)
-    for part in state(theirs).keys() - {"config", "metrics_bytes"}:
+    for part in state(theirs).keys() - {"config", "metrics", "metrics_bytes"}:
         assert_equal(state(ours)[part], state(theirs)[part], part)
 
 
