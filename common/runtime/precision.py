@@ -34,10 +34,9 @@ def shared_casts(device: torch.device) -> AbstractContextManager[object]:
 def choose_cuda_arithmetic() -> None:
     """What fp32 arithmetic means on CUDA, and how cuDNN picks its algorithms.
 
-    The network's convolutions round their inputs to TF32 (10 bits of mantissa), PyTorch's default.
-    Blur is a depthwise convolution, which PyTorch computes in full fp32, without cuDNN. Matrix
-    products stay in full fp32: kNN and the losses compare images by them. The network's shapes
-    are few, so cuDNN measures its algorithms for each at the first use.
+    Convolutions, which only the network has, round their inputs to TF32 (10 bits of mantissa), as
+    by PyTorch's default. Matrix products stay in full fp32: kNN and the losses compare images by
+    them. The network's shapes are few, so cuDNN measures its algorithms for each at the first use.
     """
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False
