@@ -62,7 +62,8 @@ class PhotographEvaluation:
             source = (config.dataset, config.data_root, config.image_size, config.seed)
             self.val = find_photographs(*source, 1, "val", training.ranks)
             names = (self.val.class_names, train.class_names)
-            self.val_labels = torch.tensor(renumber(self.val.labels, *names, "val/"))
+            numbers = renumber(self.val.labels, *names, "val/")
+            self.val_labels = torch.tensor(numbers, device=training.ranks.device)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class PhotographEvaluation:
         predictions = knn_predict(
             queries, bank, bank_labels, len(self.train.class_names), ranks=ranks
         )
-        right = (predictions.cpu() == self.val_labels).sum().item()
+        right = (predictions == self.val_labels).sum().item()
         training.progress.knn = 100 * right / len(self.val_labels)
         return {"knn": training.progress.knn}
 

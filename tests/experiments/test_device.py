@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.evaluation import in_memory, test_runner
+from common.evaluation.photographs import PhotographEvaluation
 from common.networks.resnet import imagenet_resnet
 from common.runtime import launch
 from common.training import training
@@ -91,13 +92,15 @@ def test_a_run_keeps_to_its_device(
 ) -> None:
     run = importlib.import_module(f"{experiment}.run")
     monkeypatch.setattr(training, "picture_views", lambda *arguments: None)
+    # Pictures are made of values.
     monkeypatch.setattr(in_memory, "show_neighbours", lambda *arguments: None)
+    monkeypatch.setattr(PhotographEvaluation, "neighbours", lambda evaluation: None)
     is_cifar = "cifar10" in experiment
     settings = {**SMALL, **(CIFAR if is_cifar else IMAGENET), **EXPERIMENTS[experiment]}
     with OneDevice():
         run.main(run.Config(**settings, run_dir=str(tmp_path)))
     # Once a step Meter._read; the others between epochs.
-    evaluation = {"knn_accuracy", "accuracy"} if is_cifar else set()
+    evaluation = {"knn_accuracy", "accuracy"} if is_cifar else {"after_epoch"}
     assert readers == {"_read", "require_finite", "agree", *evaluation}
 
 
@@ -110,7 +113,7 @@ def test_linear_evaluation_keeps_to_its_device(
 ) -> None:
     torch.save(imagenet_resnet("resnet18").state_dict(), tmp_path / "backbone.pt")
     # Both look at the weights' values, before and after everything else.
-    monkeypatch.setattr(test_runner, "fingerprint", lambda state: 0)
+    monkeypatch.setattr(test_runner, "checksum", lambda state: 0)
     monkeypatch.setattr(torch, "equal", lambda one, other: True)
     config = test_runner.Config(
         str(tmp_path / "backbone.pt"),
