@@ -38,6 +38,7 @@ from common.training.settings import (
     Pixels,
     Rate,
     Seed,
+    SweptRate,
     Workers,
     check_settings,
 )
@@ -59,7 +60,7 @@ class Config:
     epochs: Count = 90  # of a cosine, no warm-up
     batch_size: BatchSize = 4096  # global, over all processes
     base_lr: Rate = 0.1  # for a batch of 256; scales with the batch
-    sweep: tuple[Rate, ...] = ()  # several base_lr at once, a table; implies --cache-features
+    sweep: tuple[SweptRate, ...] = ()  # several base_lr at once, a table; implies --cache-features
     momentum: Fraction = 0.9  # of SGD
     cache_features: bool = False  # train on centre crops' features, extracted once into memory
     knn: bool = False  # weighted kNN too, on the features of centre crops; --epochs 0: only that

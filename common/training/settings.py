@@ -40,6 +40,7 @@ Workers = Annotated[int, Range(-1, 1024)]  # processes; -1: as many as there are
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Fraction = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(0, 1000)]  # a learning rate
+SweptRate = Annotated[float, Range(0, 1e30)]  # one that diverges is reported, not refused
 Decay = Annotated[float, Range(0, 1)]  # a weight decay
 Temperature = Annotated[float, Range(1e-3, 1e3)]
 Minutes = Annotated[float, Range(0, 10**6)]
