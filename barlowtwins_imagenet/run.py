@@ -63,6 +63,7 @@ from common.training.settings import (
     Rate,
     Seed,
     Workers,
+    check_settings,
 )
 from common.views import Regime, ViewMaker
 
@@ -108,6 +109,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    check_settings(config)
     require(
         config.warmup_epochs < config.epochs,
         f"--warmup-epochs {config.warmup_epochs} must be less than --epochs {config.epochs}",

@@ -60,6 +60,7 @@ from common.training.settings import (
     Seed,
     Temperature,
     Workers,
+    check_settings,
 )
 from common.views import Regime, ViewMaker
 from simclr_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
@@ -108,6 +109,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    check_settings(config)
     require(
         config.warmup_epochs < config.epochs,
         f"--warmup-epochs {config.warmup_epochs} must be less than --epochs {config.epochs}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,10 +23,10 @@ def require_finite(network: nn.Module) -> None:
     """Check weights before they are saved: those of the last step have not given a loss yet.
 
     Raises:
-        UserError: if a parameter is not finite.
+        UserError: if a parameter or a running average is not finite.
     """
-    for name, parameter in network.named_parameters():
-        if not parameter.isfinite().all():
+    for name, value in itertools.chain(network.named_parameters(), network.named_buffers()):
+        if not value.isfinite().all():
             raise UserError(f"the weights {name} are no longer finite; {WAY_OUT}")
 
 

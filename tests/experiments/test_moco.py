@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mocov2_imagenet.run as script
 from common.augment.imagenet import normalised
 from common.dssl import loss_parts
+from common.evaluation import photographs
 from common.networks.ema import make_target
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks, unwrap
@@ -59,7 +60,8 @@ def test_three_steps_against_a_plain_loop(
     monkeypatch.setattr(script, "ViewMaker", Recorder)
     # Four images of an untrained network differ little: in float32, rounding would hide mistakes.
     monkeypatch.setattr(script, "MoCo", lambda *arguments: MoCo(*arguments).double())
-    monkeypatch.setattr(script, "normalised", lambda view: normalised(view).double())
+    for module in (script, photographs):
+        monkeypatch.setattr(module, "normalised", lambda view: normalised(view).double())
     config = script.Config(
         data_root=str(folder),
         image_size=32,
