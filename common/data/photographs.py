@@ -19,7 +19,7 @@ from common.augment.randaugment import RandAugment
 from common.data.decoding import BrokenFile, decode
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import find_split, require_batch
-from common.data.shapes import CLASS_NAMES, shapes_split
+from common.data.shapes import CLASS_NAMES, SPLITS, shapes_split
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import generator_for
@@ -78,8 +78,8 @@ def find_photographs(
         UserError: if there are none, or too few, or the ranks found different ones.
     """
     if dataset == "shapes":
+        require_batch(SPLITS[split], at_least, dataset)
         images, labels = shapes_split(split, image_size, seed)
-        require_batch(len(images), at_least, dataset)
         names = [f"{dataset} {split} {seed} {index}" for index in range(len(images))]
         return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, fingerprint(names))
     listing = find_split(Path(data_root), split, ranks, at_least)
