@@ -29,7 +29,7 @@ ROUNDS = 3
 
 
 def written_out(z_1: Tensor, z_2: Tensor) -> Tensor:
-    """Equation 1 with C and its elements beside the diagonal."""
+    """Equation 1 with C and its elements off the diagonal."""
     c = standardise(z_1).T @ standardise(z_2) / len(z_1)
     d = len(c)
     off_diagonal = c.flatten()[:-1].view(d - 1, d + 1)[:, 1:]

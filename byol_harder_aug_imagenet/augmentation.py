@@ -1,6 +1,6 @@
 """What byol_harder_aug_imagenet adds to the standard view T of `common/augment/imagenet.py`.
 
-T begins with RandAugment on the whole photograph, before the crop, so that stands in the workers.
+T begins with RandAugment on the whole photograph, before the crop, so the loader workers apply it.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def loss_parts(
             passed through the model, and `target` gets None in place of its z.
 
     Raises:
-        ValueError: for a reverse weight above 0 beside `symmetric_loss` or `one_sided`.
+        ValueError: for a reverse weight above 0 together with `symmetric_loss` or `one_sided`.
     """
     s = reverse_weight
     if s > 0 and (symmetric_loss is not None or one_sided):

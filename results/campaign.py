@@ -96,7 +96,7 @@ def run_of(
     variant: str = "",
     **more: object,
 ) -> Run:
-    """A run on CIFAR-10; `more` are flags beside the recipe's, `variant` names them."""
+    """A run on CIFAR-10; `more` are flags in addition to the recipe's, `variant` names them."""
     own = {**HEADS[method], **flags(regime=regime, seed=seed, **more)}
     return Run(f"{method}{variant}-{regime}-seed{seed}", f"{method}_cifar10", {**recipe, **own})
 

@@ -29,7 +29,7 @@ def assert_equal(result: Tensor, expected: Tensor, what: str) -> None:
 
 
 def assert_frequency(occurred: Tensor, probability: float, what: str) -> None:
-    """The count of a boolean tensor's True lies within five binomial standard deviations."""
+    """The count of a boolean tensor's True is within five binomial standard deviations."""
     trials = occurred.numel()
     bound = 5 * math.sqrt(trials * probability * (1 - probability))
     count, expected = int(occurred.sum()), trials * probability

@@ -45,7 +45,7 @@ WITHOUT_STRENGTH = ("AutoContrast", "Equalize", "Invert")
 
 
 def strength(name: str, magnitude: int) -> float:
-    """The unsigned value that magnitude M, 0..30, stands for."""
+    """The unsigned value of magnitude M, 0..30."""
     low, high, _ = STRENGTHS[name]
     return low + magnitude / 30 * (high - low)
 
@@ -224,7 +224,7 @@ def black_and_white(size: Size, generator: Generator) -> Tensor:
 
 
 def neighbouring_levels(size: Size, generator: Generator) -> Tensor:
-    """Half the pixels at grey n, half at n + 1: Contrast's mean lies on the edge of rounding."""
+    """Half the pixels at grey n, half at n + 1: Contrast's mean is at the edge of rounding."""
     level = random_levels(1, generator).clamp(max=254)
     count = size[0] * size[1]
     half = (torch.randperm(count, generator=generator) < count // 2).float()

@@ -26,7 +26,7 @@ def files(folder: Path) -> list[str]:
 
 
 def forking() -> Any:
-    """Processes that start in milliseconds, where importing torch anew takes seconds."""
+    """Processes that start in milliseconds, while importing torch again takes seconds."""
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system cannot fork")
     return multiprocessing.get_context("fork")

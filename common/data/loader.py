@@ -69,7 +69,7 @@ class Loading:
         workers: processes; 0 loads in the rank itself, below 0 divides the machine's cores.
         prefetch: batches that each worker keeps ready.
         pin_memory: page-locked batches, with CUDA only.
-        skip_broken: go on with the next file in place of one that cannot be decoded.
+        skip_broken: use the next file in place of one that cannot be decoded.
     """
 
     workers: int = -1
@@ -132,7 +132,7 @@ class CropLoader:
                 self.must_stop = True
                 tqdm.write(
                     f"error: {loaded.broken[0]}; the run stops after this step, in which the next "
-                    "file takes its place. Restore the file, or go on with --skip-broken",
+                    "file takes its place. Restore the file, or continue with --skip-broken",
                     file=sys.stderr,
                 )
             crops = loaded.crops.to(self.ranks.device, non_blocking=True)

@@ -203,7 +203,7 @@ def fit(
         StopRequested: after a checkpoint, when a signal came.
         UserError: if the loss is not finite, in a sweep every loss.
     """
-    # Files by kind: the protocol's classifier, costlier by far, stays beside the others.
+    # A file for each kind: the others do not overwrite the protocol's classifier, which costs most.
     kind, classifier, way_out = "linear", start, "try a lower --base-lr"
     if config.sweep:
         kind, way_out = "sweep", "try lower rates in --sweep"
@@ -229,7 +229,7 @@ def fit(
         config.epochs,
         identity={**settings, **identity},
         checkpoints=Checkpoints(
-            folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train anew"
+            folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train a new one"
         ),
         ranks=ranks,
         stop=stop,

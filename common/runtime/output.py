@@ -41,7 +41,8 @@ class Output(io.FileIO):
         if self.has_failed:
             return
         self.has_failed = True
-        message = f"\nwarning: {self.label} cannot be written ({error.strerror}); the run goes on\n"
+        reason = f"{self.label} cannot be written ({error.strerror})"
+        message = f"\nwarning: {reason}; the run continues\n"
         with suppress(OSError):
             os.write(self.other, message.encode())
 

@@ -19,7 +19,7 @@ THUMBNAIL = 32  # side of an image in the projector, in pixels
 class Board:
     """TensorBoard's event files: the numbers of each row over the epochs, and a picture.
 
-    When they cannot be written, this is told once and the run goes on without them.
+    If they cannot be written, a warning is printed once and the run continues without them.
 
     Args:
         folder: of the event files.

@@ -222,7 +222,7 @@ def test_all_modes_become_rgb(tmp_path: Path) -> None:
     greys = levels[..., None].expand(-1, -1, 3)
     by_palette = torch.stack([255 - levels, levels, torch.full_like(levels, 7)], dim=2)
     expected = {
-        "alpha.png": coloured[..., :3],  # what lies beneath the transparency
+        "alpha.png": coloured[..., :3],  # the colour below the transparency
         "grey.png": greys,
         "grey_alpha.png": greys,
         "palette.png": by_palette,
@@ -257,7 +257,7 @@ def test_16_bits_are_scaled_to_8(name: str, kind: str, mode: str, tmp_path: Path
 @pytest.mark.filterwarnings("error")  # Pillow warns when such a palette is converted to RGB at once
 @pytest.mark.parametrize("transparency", [bytes(range(256)), 9], ids=["of each", "of one"])
 def test_palette_with_transparency(transparency: bytes | int, tmp_path: Path) -> None:
-    """What lies beneath the transparency counts, as for the other modes."""
+    """The colour below the transparency counts, as for the other modes."""
     levels = numpy.arange(256, dtype=numpy.uint8).reshape(16, 16)
     palette = Image.fromarray(levels).convert("P")
     palette.putpalette([part for index in range(256) for part in (255 - index, index, 7)])

@@ -189,7 +189,7 @@ def break_file(path: Path, how: str) -> None:
 def test_broken_files_are_named_or_left_out(
     name: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Labels stay with their images: the broken file lies between the others."""
+    """Labels stay with their images: the broken file is between the others."""
     train_images = put_pictures(tmp_path / "train", ["cat/0.png", "cat/2.png", "dog/0.png"])
     test_images = put_pictures(tmp_path / "val", ["cat/0.png", "dog/0.png"], seed=1)
     broken = tmp_path / "train" / name

@@ -274,7 +274,7 @@ def test_an_unfinished_classifier_is_not_overwritten(
     done = run(command(folder, weights, tmp_path, "--batch-size", "16", "--seed", "3"), status=1)
     assert "error:" in done.stderr
     assert "batch_size was 8, now 16; seed was 0, now 3" in done.stderr
-    assert "remove these to train anew" in done.stderr
+    assert "remove these to train a new one" in done.stderr
     assert (tmp_path / "linear_last.pt").read_bytes() == before
 
 

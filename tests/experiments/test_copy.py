@@ -29,7 +29,7 @@ def test_a_copied_folder_trains_under_its_new_name(tmp_path: Path) -> None:
         path.write_text(path.read_text().replace("simsiam_cifar10", "my_method"))
     words = command_line("simsiam_cifar10/run.py", SMALL)
     words[1] = str(clone / "my_method" / "run.py")
-    # The copy stands for a clone that was installed, which puts it on Python's path.
+    # A clone that was installed is on Python's path; here PYTHONPATH has the same effect.
     run(words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(clone)})
     (row,) = [row for row in metrics(clone / "runs" / "my_method" / "dssl-seed0") if "loss" in row]
     assert -1 <= row["symmetric"] <= 1

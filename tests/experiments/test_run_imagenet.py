@@ -150,7 +150,7 @@ def test_a_photograph_that_breaks_stops_with_a_checkpoint_and_both_remedies_work
     broken.write_bytes(content[:200])
     done = run(arguments(run_dir), status=1)
     (line,) = [line for line in done.stderr.splitlines() if str(broken) in line]
-    assert re.search(r"error: .* cannot be decoded .*Restore .* go on with --skip-broken$", line)
+    assert re.search(r"error: .* cannot be decoded .*Restore .* continue with --skip-broken$", line)
     assert done.stderr.count("Stopped, with a checkpoint") == 1
     assert "Error" not in done.stderr.replace("ChildFailedError", "")
     assert state(run_dir)["progress"]["step"] == 2

@@ -1,4 +1,4 @@
-"""When bf16 is used: asked for, or by itself where the processor reports its instructions."""
+"""When bf16 is used: on request, or by default if the processor reports its instructions."""
 
 from __future__ import annotations
 

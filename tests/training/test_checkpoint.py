@@ -205,7 +205,7 @@ def cut_off(content: bytes) -> bytes:
 
 
 def flip_in_a_tensor(content: bytes) -> bytes:
-    """Flip one bit in the middle of the weight, which stands in the file as it stands in memory."""
+    """Flip one bit in the middle of the weight, whose bytes in the file are those in memory."""
     number = torch.full((1000,), 2.0).numpy().tobytes()
     middle = content.index(number) + len(number) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
@@ -308,7 +308,7 @@ def test_a_tensor_that_becomes_a_folder_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     write_whole(path, serialise(state_of(3, elements=20)))
     content = path.read_bytes()
-    name = content.rindex(b"data/0")  # the central directory stands at the file's end
+    name = content.rindex(b"data/0")  # the central directory is at the file's end
     entry = content.rindex(b"PK\x01\x02", 0, name)
     assert flipped_states(path, [(entry + 38, 4)]) == []
 

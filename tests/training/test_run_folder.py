@@ -86,7 +86,7 @@ def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that lies in a folder and below it, but for the lock."""
+    """All files in a folder and below it, except the lock."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -762,7 +762,7 @@ def test_rows_that_waited_come_with_the_checkpoint(folder: Path) -> None:
 
 
 def test_a_checkpoint_on_a_full_disk(folder: Path) -> None:
-    """A warning within the run; at its end an error that says what to do. The last one stands."""
+    """A warning within the run; at its end an error that says what to do. The last one is kept."""
 
     def run_out_of_room() -> tuple[list[str], str]:
         log = open_log(folder)
