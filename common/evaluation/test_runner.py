@@ -76,6 +76,7 @@ def main(config: Config) -> None:
     check_settings(config)
     require(config.epochs >= 1 or config.knn, "--epochs is 1 or more, or 0 with --knn")
     require(config.epochs >= 1 or not config.sweep, "--sweep needs --epochs of 1 or more")
+    require(len(set(config.sweep)) == len(config.sweep), "--sweep has the same rate twice")
     if config.sweep:
         config = replace(config, cache_features=True)
     launch.use_every_gpu(config.device)

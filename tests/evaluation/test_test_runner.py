@@ -552,6 +552,7 @@ def test_a_sweep_killed_and_continued_is_the_same(
     ("arguments", "sentence"),
     [
         (["--sweep", "0.1", "-1"], "--sweep must be between 0 and 1e+30; it is -1.0"),
+        (["--sweep", "0.1", "0.2", "0.1"], "--sweep has the same rate twice"),
         (["--sweep", "0.1", "inf"], "--sweep must be between 0 and 1e+30; it is inf"),
         (["--base-lr", "-1"], "--base-lr must be between 0 and 1,000; it is -1.0"),
         (["--batch-size", "-1"], "--batch-size must be between 1 and 1,048,576; it is -1"),
