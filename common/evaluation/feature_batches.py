@@ -55,7 +55,7 @@ def centre_features(
 
     Raises:
         UserError: if a file cannot be decoded, without `skip_broken`.
-        StopRequested: when a signal came.
+        StopRequested: on every rank, after a signal to any.
     """
     mine = range(ranks.rank, len(photographs), ranks.world_size)
     views = CentreCrops(photographs, image_size)
@@ -65,7 +65,10 @@ def centre_features(
     features = [torch.empty(0, feature_dim, device=ranks.device)]
     used = [torch.empty(0, dtype=torch.int64)]
     skipped: list[str] = []
-    for batch in tqdm(loader, "features", disable=not ranks.is_main, leave=False):
+    # The batches that every rank has: only in these can all of them decide together to stop.
+    common = -(-(len(photographs) // ranks.world_size) // EVALUATION_BATCH)
+    bar = tqdm(loader, "features", disable=not ranks.is_main, leave=False)
+    for index, batch in enumerate(bar):
         loaded = unpack(batch)
         skipped += loaded.broken
         if skipped and not loading.skip_broken:
@@ -75,7 +78,7 @@ def centre_features(
             )
         features.append(encode(loaded.crops[0].to(ranks.device, non_blocking=True)))
         used.append(loaded.indices)
-        if stop.requested:
+        if index < common and ranks.any(stop.requested):
             again = "Stopped while features were extracted: the same command extracts them again."
             raise StopRequested(stop.exit_status, again)
     tell_skipped(skipped, ranks)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from common.data.loader import Loading
 from common.data.photographs import PhotographSet
 from common.evaluation import photographs
+from common.evaluation.feature_batches import centre_features
 from common.evaluation.photographs import PhotographEvaluation, first_of_each_class
+from common.runtime.errors import StopRequested
 from common.runtime.ranks import Ranks
+from processes import on_two_ranks
 
 
 def test_the_first_of_each_class_in_order() -> None:
@@ -77,3 +82,19 @@ def test_without_val_or_turned_off_there_is_no_knn(change: dict[str, object]) ->
     )
     train = PhotographSet(of_colours(RED), [0], ("red",), "train")
     assert PhotographEvaluation(None, None, train, config).after_epoch(1) == {}
+
+
+def features_where_rank_1_has_a_signal(ranks: Ranks) -> str:
+    images = of_colours(*[RED] * 600)  # rank 0 and rank 1 have two batches each
+    stop = SimpleNamespace(requested=ranks.rank == 1, exit_status=143)
+    with pytest.raises(StopRequested) as stopped:
+        centre_features(
+            images, lambda crops: crops.float().mean((2, 3)), 3, 32, Loading(0), ranks, stop
+        )
+    ranks.wait()  # both are here: none waits in another collective
+    return f"{stopped.value.exit_status} {stopped.value}"
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_batch(tmp_path: Path) -> None:
+    for told in on_two_ranks(features_where_rank_1_has_a_signal, tmp_path):
+        assert told.startswith("143 Stopped while features were extracted: the same command")
