@@ -31,10 +31,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from barlowtwins_imagenet.augmentation import heavy_augmentation
+from barlowtwins_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
 from barlowtwins_imagenet.loss import pair_loss
 from barlowtwins_imagenet.model import BarlowTwins, parameter_groups
-from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
+from common.augment.imagenet import normalised
 from common.data.batches import PhotographBatches
 from common.data.loader import Loading
 from common.data.photographs import RandomCrops, find_photographs

@@ -1,11 +1,10 @@
-"""The heavy view of byol_cifar10; its standard view T is `common/augment/cifar10.py`'s."""
+"""The views of byol_cifar10: T and T̂ of `common/augment/cifar10.py`.
+
+Replace either one by a function of your own to change this experiment alone.
+"""
 
 from __future__ import annotations
 
-from common.augment.base import Augmentation
-from common.augment.randaugment import RandAugment
+from common.augment.cifar10 import heavy_augmentation, standard_augmentation
 
-
-def heavy_augmentation(num_ops: int, magnitude: int, translate_relative: bool) -> Augmentation:
-    """T̂, applied to a standard view: RandAugment(N, M)."""
-    return RandAugment(num_ops, magnitude, translate_relative)
+__all__ = ["heavy_augmentation", "standard_augmentation"]

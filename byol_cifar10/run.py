@@ -29,10 +29,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byol_cifar10.augmentation import heavy_augmentation
+from byol_cifar10.augmentation import heavy_augmentation, standard_augmentation
 from byol_cifar10.loss import pair_loss
 from byol_cifar10.model import online_network
-from common.augment.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.augment.cifar10 import IMAGE_SIZE, normalised
 from common.data.batches import ImageBatches
 from common.data.in_memory import Dataset, load_images
 from common.dssl import loss_parts

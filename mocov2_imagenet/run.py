@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
+from common.augment.imagenet import normalised
 from common.data.batches import PhotographBatches
 from common.data.loader import Loading
 from common.data.photographs import RandomCrops, find_photographs
@@ -63,7 +63,7 @@ from common.training.settings import (
     Workers,
 )
 from common.views import Regime, ViewMaker
-from mocov2_imagenet.augmentation import heavy_augmentation
+from mocov2_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
 from mocov2_imagenet.loss import pair_loss
 from mocov2_imagenet.model import MoCo, ShuffledKeys
 

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.augment.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.augment.cifar10 import IMAGE_SIZE, normalised
 from common.data.batches import ImageBatches
 from common.data.in_memory import Dataset, load_images
 from common.dssl import loss_parts
@@ -55,7 +55,7 @@ from common.training.settings import (
     Width,
 )
 from common.views import Regime, ViewMaker
-from simclr_cifar10.augmentation import heavy_augmentation
+from simclr_cifar10.augmentation import heavy_augmentation, standard_augmentation
 from simclr_cifar10.loss import pair_loss
 from simclr_cifar10.model import SimCLR
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from common.augment.base import Augmentation, Chain, RandomApply
+from common.augment.base import Augmentation, Chain
 from common.augment.blur import GaussianBlur
 from common.augment.colour import ColorJitter, RandomGrey
 from common.augment.crop import RandomFlip
-from common.augment.grid_shuffle import GridShuffle
-from common.augment.randaugment import RandAugment
+from common.augment.imagenet import heavy_augmentation
+
+__all__ = ["CROP_SCALE", "heavy_augmentation", "standard_augmentation"]
 
 CROP_SCALE = (0.08, 1.0)  # area of a standard view's crop, as a share of the photograph's
 
@@ -20,8 +21,3 @@ def standard_augmentation() -> Augmentation:
         RandomGrey(probability=0.2),
         GaussianBlur(sigma=(0.1, 2.0), probability=0.5),
     )
-
-
-def heavy_augmentation(num_ops: int, magnitude: int) -> Augmentation:
-    """T̂, applied to a standard view: RandAugment(N, M) or, one time in ten, GridShuffle(4)."""
-    return RandomApply(RandAugment(num_ops, magnitude), 0.9, otherwise=GridShuffle(4))

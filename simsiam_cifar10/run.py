@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.augment.cifar10 import IMAGE_SIZE, normalised, standard_augmentation
+from common.augment.cifar10 import IMAGE_SIZE, normalised
 from common.data.batches import ImageBatches
 from common.data.in_memory import Dataset, load_images
 from common.dssl import loss_parts
@@ -49,7 +49,7 @@ from common.training.settings import (
     Width,
 )
 from common.views import Regime, ViewMaker
-from simsiam_cifar10.augmentation import heavy_augmentation
+from simsiam_cifar10.augmentation import heavy_augmentation, standard_augmentation
 from simsiam_cifar10.loss import pair_loss
 from simsiam_cifar10.model import SimSiam
 

@@ -1,12 +1,10 @@
-"""The heavy view of simsiam_imagenet; its standard view T is `common/augment/imagenet.py`'s."""
+"""The views of simsiam_imagenet: T and T̂ of `common/augment/imagenet.py`.
+
+Replace either one by a function of your own to change this experiment alone.
+"""
 
 from __future__ import annotations
 
-from common.augment.base import Augmentation, RandomApply
-from common.augment.grid_shuffle import GridShuffle
-from common.augment.randaugment import RandAugment
+from common.augment.imagenet import CROP_SCALE, heavy_augmentation, standard_augmentation
 
-
-def heavy_augmentation(num_ops: int, magnitude: int) -> Augmentation:
-    """T̂, applied to a standard view: RandAugment(N, M) or, one time in ten, GridShuffle(4)."""
-    return RandomApply(RandAugment(num_ops, magnitude), 0.9, otherwise=GridShuffle(4))
+__all__ = ["CROP_SCALE", "heavy_augmentation", "standard_augmentation"]

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
+from common.augment.imagenet import normalised
 from common.data.batches import PhotographBatches
 from common.data.loader import Loading
 from common.data.photographs import RandomCrops, find_photographs
@@ -52,7 +52,7 @@ from common.training.settings import (
     Workers,
 )
 from common.views import Regime, ViewMaker
-from simsiam_imagenet.augmentation import heavy_augmentation
+from simsiam_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
 from simsiam_imagenet.loss import pair_loss
 from simsiam_imagenet.model import SimSiam
 

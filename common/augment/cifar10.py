@@ -11,6 +11,7 @@ from common.augment.base import Augmentation, Chain
 from common.augment.colour import ColorJitter, RandomGrey
 from common.augment.crop import RandomResizedCropFlip, resize_centre_crop
 from common.augment.normalise import normalise
+from common.augment.randaugment import RandAugment
 
 IMAGE_SIZE = 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -28,6 +29,11 @@ def standard_augmentation(image_size: int = IMAGE_SIZE) -> Augmentation:
         ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
         RandomGrey(probability=0.2),
     )
+
+
+def heavy_augmentation(num_ops: int, magnitude: int, translate_relative: bool) -> Augmentation:
+    """T̂, applied to a standard view: RandAugment(N, M)."""
+    return RandAugment(num_ops, magnitude, translate_relative)
 
 
 def probe_augmentation() -> Augmentation:

@@ -81,7 +81,25 @@ def knn_accuracy(
     bank = extract_features(backbone, train.images, encode, ranks, check)
     bank_labels = train.labels[ranks.rank :: ranks.world_size].to(ranks.device)
     queries = extract_features(backbone, test.images, encode, ranks, check)
-    queries = ranks.gather(queries, len(test))
-    predictions = knn_predict(queries, bank, bank_labels, len(train.class_names), ranks=ranks)
-    right = (predictions == test.labels.to(ranks.device)).sum()
-    return 100 * right.item() / len(test)
+    labels = test.labels.to(ranks.device)
+    return accuracy_of_features(queries, labels, bank, bank_labels, len(train.class_names), ranks)
+
+
+def accuracy_of_features(
+    queries: Tensor,
+    labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    ranks: Ranks,
+) -> float:
+    """Top-1 accuracy in percent of features that are spread over the ranks.
+
+    Args:
+        queries: `[n, d]`, this rank's share: features rank, rank + world_size, …
+        labels: int64 `[N]`, of the whole set of queries.
+        bank, bank_labels: this rank's share of the bank, `[m, d]` and int64 `[m]`.
+    """
+    queries = ranks.gather(queries, len(labels))
+    predictions = knn_predict(queries, bank, bank_labels, num_classes, ranks=ranks)
+    return 100 * (predictions == labels).sum().item() / len(labels)

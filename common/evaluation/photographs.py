@@ -15,7 +15,7 @@ from common.data.listing import renumber
 from common.data.loader import Loading
 from common.data.photographs import Photograph, PhotographSet, find_photographs
 from common.evaluation.feature_batches import centre_features
-from common.evaluation.knn import knn_predict
+from common.evaluation.knn import accuracy_of_features
 from common.evaluation.neighbours import CELL, sample, show_neighbours
 from common.runtime.precision import autocast
 from common.runtime.ranks import Ranks
@@ -84,12 +84,10 @@ class PhotographEvaluation:
         bank, used = self._features(photographs, self.encode, ranks, skip_broken=True)
         bank_labels = labels[chosen][used].to(ranks.device)
         queries, _ = self._features(self.val.photographs, self.encode, ranks, skip_broken=False)
-        queries = ranks.gather(queries, len(self.val_labels))
-        predictions = knn_predict(
-            queries, bank, bank_labels, len(self.train.class_names), ranks=ranks
+        classes = len(self.train.class_names)
+        training.progress.knn = accuracy_of_features(
+            queries, self.val_labels, bank, bank_labels, classes, ranks
         )
-        right = (predictions == self.val_labels).sum().item()
-        training.progress.knn = 100 * right / len(self.val_labels)
         return {"knn": training.progress.knn}
 
     def neighbours(self) -> None:

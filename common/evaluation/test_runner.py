@@ -19,7 +19,7 @@ from common.data.photographs import find_photographs
 from common.evaluation.accuracy import count_right, sweep_table
 from common.evaluation.classifier import Batches, Classifiers, new_classifier, train_classifier
 from common.evaluation.feature_batches import cached_batches, centre_features, cropped_batches
-from common.evaluation.knn import knn_predict
+from common.evaluation.knn import accuracy_of_features
 from common.networks.resnet import Depth, imagenet_resnet
 from common.runtime import launch
 from common.runtime.errors import UserError, require
@@ -153,11 +153,8 @@ def main(config: Config) -> None:
         else:
             result.update(accuracies[0])
     if config.knn:
-        queries = ranks.gather(test_features, len(test_labels))
-        predictions = knn_predict(
-            queries, train_features, bank_labels, len(train.class_names), ranks=ranks
-        )
-        result["knn"] = 100 * (predictions == test_labels).sum().item() / len(test_labels)
+        bank = (train_features, bank_labels, len(train.class_names))
+        result["knn"] = accuracy_of_features(test_features, test_labels, *bank, ranks)
     for name, value in backbone.state_dict().items():
         if not torch.equal(value, before[name]):
             raise RuntimeError(f"the frozen backbone's {name} changed")

@@ -20,22 +20,17 @@ from common.runtime.repository import REPOSITORY
 from common.training.checkpoint import Stateful
 from common.training.run_folder import RunLog
 from common.training.settings import check_settings
-from common.training.training import Training
+from common.training.training import Training, TrainingConfig
 from common.views import Regime, ViewMaker
 
 
-class RunConfig(Protocol):
+class RunConfig(TrainingConfig, Protocol):
     """The settings that every training script has."""
 
     regime: Regime
-    epochs: int
-    batch_size: int
-    max_steps: int
-    checkpoint_minutes: float
     seed: int
     device: str
     precision: Precision
-    compile: bool
     run_dir: str
     fresh: bool
 

@@ -100,7 +100,7 @@ def test_a_run_keeps_to_its_device(
     with OneDevice():
         run.main(run.Config(**settings, run_dir=str(tmp_path)))
     # Once a step Meter._read; the others between epochs.
-    evaluation = {"knn_accuracy", "accuracy"} if is_cifar else {"after_epoch"}
+    evaluation = {"accuracy_of_features", "accuracy"} if is_cifar else {"accuracy_of_features"}
     assert readers == {"_read", "require_finite", "agree", *evaluation}
 
 
@@ -129,7 +129,7 @@ def test_linear_evaluation_keeps_to_its_device(
     )
     with OneDevice():
         test_runner.main(config)
-    assert readers == {"_read", "agree", "main"}
+    assert readers == {"_read", "agree", "main", "accuracy_of_features"}
 
 
 def test_devices_that_mix_are_seen() -> None:
