@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +150,13 @@ def train_classifier(
         except OSError as error:
             tqdm.write(f"warning: {checkpoints.last} cannot be written ({error})")
 
+    def stop_at(epoch: int, step: int) -> NoReturn:
+        meter.flush()
+        save(epoch, step)
+        ranks.wait()
+        bar.close()
+        raise StopRequested(stop.exit_status)
+
     bar = tqdm(
         desc="linear", total=epochs, initial=first_epoch, unit="epoch", disable=not ranks.is_main
     )
@@ -166,12 +173,10 @@ def train_classifier(
             meter.add({"linear loss": losses.detach().where(finite, 0).sum() / finite.sum()})
             meter.end_step({"stop": stop.requested})
             if meter.take_request("stop"):
-                meter.flush()
-                save(epoch, step + 1)
-                ranks.wait()
-                bar.close()
-                raise StopRequested(stop.exit_status)
+                stop_at(epoch, step + 1)
         meter.flush()
+        if meter.take_request("stop"):  # on CUDA, where the last step is read only now
+            stop_at(epoch + 1, 0)
         first_step = 0
         save(epoch + 1, 0)
         bar.update()

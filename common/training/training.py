@@ -149,6 +149,8 @@ class Training:
             if self.meter.take_request("checkpoint"):
                 self.save()
         self.meter.flush()
+        if self.meter.take_request("stop"):  # on CUDA, where the last step is read only now
+            raise StopRequested(self.stop.exit_status)
         require_finite(self.parts["model"])
         self.row = {
             **self.meter.means(),
