@@ -12,19 +12,21 @@ averages depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from common.losses.collapse import spread
-from common.runtime.ranks import no_sync
+from common.runtime.ranks import no_sync, unwrap
 from common.views import Regime, Views
 
 
 class Part(NamedTuple):
-    """Terms of the loss that go backward together.
+    """Terms of the loss that go backward together: those of one view's pass, or of some passes.
 
     `loss` is their weighted sum. `log` holds each term unweighted and detached; summed by name over
     the parts of a step, L = symmetric + (1 − s) · asymmetric + s · reverse.
@@ -80,42 +82,88 @@ def loss_parts(
     is_directional = regime == "dssl"
     first, second = views[2:] if regime == "joint" else views[:2]
     # Gradients are reduced with the last backward pass, by what DDP does in the forward pass of it.
-    with _no_sync_if(is_directional, model):
-        with _no_sync_if(not one_sided, model):
-            p_1, z_1 = forward(first)
-        p_2, z_2 = (None, None) if one_sided else forward(second)
-        if is_directional or not (one_sided or symmetric_loss):
-            target_1 = target(first, z_1)
-        if is_directional or not symmetric_loss:
-            target_2 = target(second, z_2)
+    with _GradientSums(model) as sums:
+        with _no_sync_if(is_directional, model):
+            with _no_sync_if(not one_sided, model):
+                p_1, z_1 = forward(first)
+            p_2, z_2 = (None, None) if one_sided else forward(second)
+            if is_directional or not (one_sided or symmetric_loss):
+                target_1 = target(first, z_1)
+            if is_directional or not symmetric_loss:
+                target_2 = target(second, z_2)
 
-        if symmetric_loss is not None:
-            symmetric = [symmetric_loss(z_1, z_2)]
-        elif one_sided:
-            symmetric = [2 * pair_loss(p_1, target_2)]
-        else:
-            symmetric = [pair_loss(p_1, target_2), pair_loss(p_2, target_1)]
-        log = {"spread": spread(z_1)}
-        if not (is_directional and s > 0):
-            loss = sum(symmetric[1:], symmetric[0])
-            yield Part(loss, {"symmetric": loss.detach(), **log})
-            log = {}
-        if not is_directional:
-            return
+            if symmetric_loss is not None:
+                symmetric = [symmetric_loss(z_1, z_2)]
+            elif one_sided:
+                symmetric = [2 * pair_loss(p_1, target_2)]
+            else:
+                symmetric = [pair_loss(p_1, target_2), pair_loss(p_2, target_1)]
+            log = {"spread": spread(z_1)}
+            if not (is_directional and s > 0):
+                parts = [Part(loss, {"symmetric": loss.detach()}) for loss in symmetric]
+                parts[0].log.update(log)
+                yield from sums.over(parts)
+                log = {}
+            if not is_directional:
+                return
 
-    for index in range(2):
-        with _no_sync_if(index == 0, model):
-            p_heavy, z_heavy = forward(views[2 + index])
-            asymmetric = pair_loss(p_heavy, (target_1, target_2)[index])
-            loss, log["asymmetric"] = asymmetric, asymmetric.detach()
-            if s > 0:
-                # The standard view's prediction moves by both terms, so it waited for this pass.
-                p, own = (p_1, p_2)[index], symmetric[index]
-                reverse = pair_loss(p, target(views[2 + index], z_heavy))
-                loss = own + (1 - s) * asymmetric + s * reverse
-                log |= {"symmetric": own.detach(), "reverse": reverse.detach()}
-            yield Part(loss, log)
-            log = {}
+        for index in range(2):
+            with _no_sync_if(index == 0, model):
+                p_heavy, z_heavy = forward(views[2 + index])
+                asymmetric = pair_loss(p_heavy, (target_1, target_2)[index])
+                log["asymmetric"] = asymmetric.detach()
+                parts = [Part((1 - s) * asymmetric, log)]
+                if s > 0:
+                    # The standard view's prediction moves by both terms: it waited for this pass.
+                    p, own = (p_1, p_2)[index], symmetric[index]
+                    reverse = pair_loss(p, target(views[2 + index], z_heavy))
+                    moved = {"symmetric": own.detach(), "reverse": reverse.detach()}
+                    parts.append(Part(own + s * reverse, moved))
+                yield from sums.over(parts)
+                log = {}
+
+
+class _GradientSums:
+    """Adds up the gradients of a step's parts for all parameters at once.
+
+    Autograd adds them parameter by parameter, on CUDA by a kernel for each. Under DDP it has to:
+    DDP reduces what autograd has added up, and in a single backward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.is_ddp = unwrap(model) is not model
+        self.sums: dict[nn.Parameter, Tensor] = {}
+
+    def __enter__(self) -> _GradientSums:
+        return self
+
+    def over(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """The parts, whose activations are in memory together; under DDP one part of all terms."""
+        for part in [_joined(parts)] if self.is_ddp else parts:
+            yield part
+            if not self.is_ddp:
+                self._add()
+
+    def _add(self) -> None:
+        new = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        pairs = [(self.sums[p], grad) for p, grad in new if p in self.sums]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        for parameter, grad in new:
+            self.sums.setdefault(parameter, grad)
+            parameter.grad = None
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, grad in self.sums.items():
+            parameter.grad = grad
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    log: dict[str, Tensor] = {}
+    for name, value in itertools.chain.from_iterable(part.log.items() for part in parts):
+        log[name] = log[name] + value if name in log else value
+    return Part(sum(part.loss for part in parts), log)
 
 
 def _no_sync_if(condition: bool, model: nn.Module) -> AbstractContextManager[None]:

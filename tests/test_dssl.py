@@ -138,6 +138,26 @@ def test_gradients_are_those_of_the_whole_sum(regime: str, s: float) -> None:
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7), name
 
 
+def test_gradients_are_added_to_those_before_also_where_the_parts_are_left_early() -> None:
+    views = make_views("dssl")
+
+    def gradients_after(counts: list[int]) -> list[Tensor | None]:
+        network = make_network()
+        for count in counts:
+            for part in itertools.islice(loss_parts(network, network, views, "dssl", half), count):
+                part.loss.backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    def half(p: Tensor, z: Tensor) -> Tensor:
+        return (p - z.detach()).pow(2).mean()
+
+    # The running averages change from step to step, but training does not use them.
+    once, first, both = gradients_after([4]), gradients_after([1]), gradients_after([4, 1])
+    for whole, part, total in zip(once, first, both, strict=True):
+        assert torch.equal(total, whole + part)
+        assert part.abs().sum() > 0
+
+
 def test_spread_in_the_log_is_that_of_the_first_view() -> None:
     views = make_views("dssl")
     network = make_network()
@@ -252,9 +272,11 @@ def test_a_target_network_sees_each_target_view_once_and_gets_no_gradient(regime
 # ---------------------------------------------------------------- L_S as one term over both views
 
 
-@pytest.mark.parametrize("symmetric_loss", [None, ONE_TERM])
+@pytest.mark.parametrize(
+    ("symmetric_loss", "movers"), [(None, [{"v"}, {"v'"}]), (ONE_TERM, [{"v", "v'"}])]
+)
 def test_the_symmetric_loss_goes_backward_first_and_each_part_moves_its_views_alone(
-    symmetric_loss: Callable[[Tensor, Tensor], Tensor] | None,
+    symmetric_loss: Callable[[Tensor, Tensor], Tensor] | None, movers: list[set[str]]
 ) -> None:
     """Forward v, v', backward; forward v̂, backward; forward v̂', backward."""
     views = make_views("dssl")
@@ -266,14 +288,14 @@ def test_the_symmetric_loss_goes_backward_first_and_each_part_moves_its_views_al
         return network(view)
 
     parts = loss_parts(network, forward, views, "dssl", pair_loss, symmetric_loss=symmetric_loss)
-    for part, moved in zip(parts, ({"v", "v'"}, {"v̂"}, {"v̂'"}), strict=True):
+    for part, moved in zip(parts, (*movers, {"v̂"}, {"v̂'"}), strict=True):
         happened.append("backward " + " ".join(name for name in part.log if name != "spread"))
         part.loss.backward()
         for name, view in zip(NAMES, views, strict=True):
             assert (view.grad is not None and bool((view.grad != 0).any())) == (name in moved)
             view.grad = None
     assert happened == [
-        *("v", "v'", "backward symmetric"),
+        *("v", "v'", *["backward symmetric"] * len(movers)),
         *("v̂", "backward asymmetric"),
         *("v̂'", "backward asymmetric"),
     ]

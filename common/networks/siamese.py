@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,4 +30,9 @@ class Siamese(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         z = self.project(images)
         p = z if self.predictor is None else self.predictor(z)
-        return p, z  # [B, d] each
+        return _wide(p), _wide(z)  # [B, d] each
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64 as it is: losses and sums of their gradients need the digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -33,7 +33,7 @@ def require_finite(network: nn.Module) -> None:
 class Pending(NamedTuple):
     """A step's numbers being copied to the CPU: sums over ranks of values, then of requests."""
 
-    names: list[str]
+    names: list[str]  # of the values; those of one name are summed
     requests: list[str]
     packed: Tensor
     event: torch.cuda.Event | None
@@ -61,13 +61,12 @@ class Meter:
         self.way_out = way_out
         self.latest: dict[str, float] = {}
         self._requested: set[str] = set()
-        self._current: dict[str, Tensor] = {}
+        self._current: list[tuple[str, Tensor]] = []
         self._pending: Pending | None = None
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add detached scalars on the device to the current step's, by name."""
-        for name, value in values.items():
-            self._current[name] = self._current[name] + value if name in self._current else value
+        self._current += values.items()
 
     def end_step(self, requests: Mapping[str, bool]) -> None:
         """End the current step, and read the one before it (on CPU and MPS: this one).
@@ -78,18 +77,19 @@ class Meter:
         Raises:
             UserError: if a value read is not finite.
         """
-        values, self._current = self._current, {}
+        current, self._current = self._current, []
+        names, values = [name for name, _ in current], [value for _, value in current]
         flags = send(torch.tensor([float(flag) for flag in requests.values()]), self.ranks.device)
-        packed = self.ranks.sum(torch.cat([torch.stack([*values.values()]).float(), flags]))
+        packed = self.ranks.sum(torch.cat([torch.stack(values).float(), flags]))
         before, self._pending = self._pending, None
         if packed.device.type == "cuda":
             host = torch.empty(packed.shape, pin_memory=True)
             host.copy_(packed, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._pending = Pending([*values], [*requests], host, event)
+            self._pending = Pending(names, [*requests], host, event)
         else:
-            self._pending = Pending([*values], [*requests], packed, None)
+            self._pending = Pending(names, [*requests], packed, None)
             self.flush()
         if before is not None:
             self._read(before)
@@ -109,13 +109,14 @@ class Meter:
         self._requested.update(
             name for name, ranks in zip(pending.requests, asked, strict=True) if ranks > 0
         )
+        self.latest = dict.fromkeys(pending.names, 0.0)
         for name, total in zip(pending.names, numbers, strict=False):
             value = total / self.ranks.world_size
             if not math.isfinite(value):
                 raise UserError(
                     f"the {name} became {value} in step {self.steps} of this epoch; {self.way_out}"
                 )
-            self.latest[name] = value
+            self.latest[name] += value
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take_request(self, name: str) -> bool:
