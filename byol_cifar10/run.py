@@ -120,6 +120,7 @@ def main(config: Config) -> None:
     heads = (config.hidden_dim, config.projector_dim)
     network = online_network(config.backbone, config.width, *heads, config.stem_stride)
     model = run.wrap(network)
+    loss = run.compiled(pair_loss)
     target_network = make_target(network)
     run.compile(target_network.backbone, target_network.projector)
 
@@ -135,7 +136,11 @@ def main(config: Config) -> None:
     # optimisation
     peak_lr = config.base_lr * config.batch_size / 256
     optimiser = torch.optim.SGD(
-        network.parameters(), peak_lr, config.momentum, weight_decay=config.weight_decay
+        network.parameters(),
+        peak_lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     parts = {"model": network, "target": target_network, "optimiser": optimiser}
 
@@ -147,9 +152,7 @@ def main(config: Config) -> None:
             for batch in training.steps(epoch):
                 views = view_maker.views(batch)
                 optimiser.zero_grad(set_to_none=True)
-                for part in loss_parts(
-                    model, forward, views, config.regime, pair_loss, target=target
-                ):
+                for part in loss_parts(model, forward, views, config.regime, loss, target=target):
                     part.loss.backward()
                     training.add(part)
                 optimiser.step()

@@ -118,6 +118,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     network = online_network(config.backbone, config.hidden_dim, config.projector_dim)
     model = run.wrap(network)
+    loss = run.compiled(pair_loss)
     target_network = make_target(network)
     run.compile(target_network.backbone, target_network.projector)
 
@@ -132,7 +133,11 @@ def main(config: Config) -> None:
 
     # optimisation
     optimiser = torch.optim.SGD(
-        network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        network.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     parts = {"model": network, "target": target_network, "optimiser": optimiser}
 
@@ -143,9 +148,7 @@ def main(config: Config) -> None:
             for batch in training.steps(epoch):
                 views = view_maker.views(batch)
                 optimiser.zero_grad(set_to_none=True)
-                for part in loss_parts(
-                    model, forward, views, config.regime, pair_loss, target=target
-                ):
+                for part in loss_parts(model, forward, views, config.regime, loss, target=target):
                     part.loss.backward()
                     training.add(part)
                 optimiser.step()

@@ -158,7 +158,11 @@ def main(config: Config) -> None:
 
     # optimisation
     optimiser = torch.optim.SGD(
-        network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        network.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     parts = {"model": network, "keys": key_network, "queue": queue, "optimiser": optimiser}
 

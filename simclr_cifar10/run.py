@@ -132,7 +132,11 @@ def main(config: Config) -> None:
     # optimisation
     peak_lr = config.base_lr * config.batch_size / 256
     optimiser = torch.optim.SGD(
-        network.parameters(), peak_lr, config.momentum, weight_decay=config.weight_decay
+        network.parameters(),
+        peak_lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     parts = {"model": network, "optimiser": optimiser}
 

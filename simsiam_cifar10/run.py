@@ -118,6 +118,7 @@ def main(config: Config) -> None:
     heads = (config.projector_dim, config.predictor_dim)
     network = SimSiam(config.backbone, config.width, *heads, config.stem_stride)
     model = run.wrap(network)
+    loss = run.compiled(pair_loss)
 
     def forward(view: Tensor) -> tuple[Tensor, Tensor]:
         with run.autocast():
@@ -126,7 +127,11 @@ def main(config: Config) -> None:
     # optimisation
     peak_lr = config.base_lr * config.batch_size / 256
     optimiser = torch.optim.SGD(
-        network.parameters(), peak_lr, config.momentum, weight_decay=config.weight_decay
+        network.parameters(),
+        peak_lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     parts = {"model": network, "optimiser": optimiser}
 
@@ -139,7 +144,7 @@ def main(config: Config) -> None:
                 views = view_maker.views(batch)
                 optimiser.zero_grad(set_to_none=True)
                 for part in loss_parts(
-                    model, forward, views, config.regime, pair_loss, config.reverse_weight
+                    model, forward, views, config.regime, loss, config.reverse_weight
                 ):
                     part.loss.backward()
                     training.add(part)

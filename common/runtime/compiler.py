@@ -6,10 +6,11 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.runtime.errors import require
 
@@ -41,6 +42,10 @@ def require_compiler(device: torch.device) -> None:
     )
 
 
+# On CUDA, kernels that do not need each other's results become one.
+OPTIONS = {"combo_kernels": True}
+
+
 def compile_in_place(*modules: nn.Module) -> None:
     """torch.compile each module, as one graph also inside DDP.
 
@@ -49,4 +54,9 @@ def compile_in_place(*modules: nn.Module) -> None:
     """
     torch._dynamo.config.optimize_ddp = False
     for module in modules:
-        module.compile()
+        module.compile(options=OPTIONS)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile a function."""
+    return torch.compile(function, options=OPTIONS)

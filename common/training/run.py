@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.data.batches import Batches
 from common.networks.batch_norm import convert
 from common.runtime import launch
-from common.runtime.compiler import compile_in_place, require_compiler
+from common.runtime.compiler import compile_in_place, compiled, require_compiler
 from common.runtime.errors import require
 from common.runtime.precision import Precision, autocast
 from common.runtime.repository import REPOSITORY
@@ -87,6 +87,10 @@ class Run:
         """With `--compile`, compile modules in place."""
         if self.config.compile:
             compile_in_place(*modules)
+
+    def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """With `--compile` a compiled function, otherwise the function itself."""
+        return compiled(function) if self.config.compile else function
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes, of the precision that was asked for."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import byol_cifar10.loss
 import byol_cifar10.run
 import simclr_cifar10.run
 from byol_cifar10.model import online_network
@@ -93,15 +94,22 @@ def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.compile up to its last stage, which would need a C++ compiler."""
-    compiled = []
-    compile_module = torch.nn.Module.compile
+    compiled, functions = [], []
+    compile_module, compile_function = torch.nn.Module.compile, torch.compile
 
-    def all_but_the_last_stage(module: torch.nn.Module) -> None:
+    # `options` are the last stage's.
+    def module_but_for_the_last_stage(module: torch.nn.Module, options: object) -> None:
         compiled.append(module)
-        compile_module(module, backend="aot_eager", fullgraph=True)
+        compile_module(module, fullgraph=True)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", all_but_the_last_stage)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    def but_for_the_last_stage(
+        function: Callable[..., object], options: object = None, **further: object
+    ) -> Callable[..., object]:
+        functions.append(function)
+        return compile_function(function, backend="aot_eager", **further)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", module_but_for_the_last_stage)
+    monkeypatch.setattr(torch, "compile", but_for_the_last_stage)
     monkeypatch.setattr(run_setup, "require_compiler", lambda device: None)
     small = {name.replace("-", "_"): value for name, value in SMALL.items()}
     small |= {"data_root": str(folder), "backbone": "resnet10", "linear_epochs": 0, "knn_every": 0}
@@ -113,8 +121,10 @@ def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
 
     whole = train("whole", max_steps=4)
     assert not compiled
+    assert not functions
     train("run", max_steps=2, compile=True)
     assert len(compiled) == 3  # the online network, the target's backbone and projector
+    assert byol_cifar10.loss.pair_loss in functions
     continued = train("run", max_steps=4)
     assert len(compiled) == 3
     for part in ("model", "target"):
