@@ -133,11 +133,7 @@ def main(config: Config) -> None:
 
     # optimisation
     optimiser = torch.optim.SGD(
-        network.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
+        network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
     )
     parts = {"model": network, "target": target_network, "optimiser": optimiser}
 

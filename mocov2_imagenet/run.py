@@ -158,11 +158,7 @@ def main(config: Config) -> None:
 
     # optimisation
     optimiser = torch.optim.SGD(
-        network.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
+        network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
     )
     parts = {"model": network, "keys": key_network, "queue": queue, "optimiser": optimiser}
 

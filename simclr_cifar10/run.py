@@ -132,11 +132,7 @@ def main(config: Config) -> None:
     # optimisation
     peak_lr = config.base_lr * config.batch_size / 256
     optimiser = torch.optim.SGD(
-        network.parameters(),
-        peak_lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
+        network.parameters(), peak_lr, config.momentum, weight_decay=config.weight_decay
     )
     parts = {"model": network, "optimiser": optimiser}
 
