@@ -64,8 +64,8 @@ from common.views import Regime, ViewMaker
 @dataclass(frozen=True)
 class Config:
     # data
-    dataset: Dataset = "cifar10"  # cifar10, a folder of images, or generated shapes
-    data_root: str = str(REPOSITORY / "data")  # of CIFAR-10 (downloaded if absent), or the folder
+    dataset: Dataset = "cifar10"  # cifar10, cifar100, a folder of images, or generated shapes
+    data_root: str = str(REPOSITORY / "data")  # of CIFAR (downloaded if absent), or the folder
     skip_broken: bool = False  # leave out image files that cannot be decoded
     # views
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1

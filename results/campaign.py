@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from common.augment.cifar10 import IMAGE_SIZE
-from common.data.in_memory import load_cifar10
+from common.data.in_memory import load_cifar
 from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
@@ -204,7 +204,8 @@ class Campaign:
         self.folder.mkdir(parents=True, exist_ok=True)
         alone = Ranks(0, 1, torch.device("cpu"))
         if config.dataset == "cifar10":
-            load_cifar10(config.data_root, IMAGE_SIZE, alone)  # two runs would both download it
+            # Two runs would both download it.
+            load_cifar(config.dataset, config.data_root, IMAGE_SIZE, alone)
         waiting = [run for run in self.runs if not self.is_kept(run, config.dataset)]
         finished = len(self.runs) - len(waiting)
         print(f"{finished} of {len(self.runs)} runs are finished", flush=True)

@@ -18,7 +18,6 @@ docs/measured.md says what was measured with this code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from torch import Tensor
 from common.augment.imagenet import normalised
 from common.data.batches import PhotographBatches
 from common.data.loader import Loading
-from common.data.photographs import RandomCrops, find_photographs
+from common.data.photographs import Dataset, RandomCrops, find_photographs
 from common.dssl import loss_parts
 from common.evaluation.photographs import PhotographEvaluation
 from common.networks.resnet import Depth
@@ -60,8 +59,8 @@ from simsiam_imagenet.model import SimSiam
 @dataclass(frozen=True)
 class Config:
     # data
-    dataset: Literal["folder", "shapes"] = "folder"  # photographs, or generated shapes for trials
-    data_root: str = str(REPOSITORY / "data" / "imagenet")  # holds train/<class>/*, or photographs
+    dataset: Dataset = "folder"  # photographs, stl10 at --image-size 96, or generated shapes
+    data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, photographs, STL-10
     image_size: Pixels = 224  # of a view
     workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     prefetch: Positive = 4  # batches that each worker keeps ready
@@ -105,7 +104,7 @@ def main(config: Config) -> None:
 
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)
-    found = find_photographs(*source, "train", run.ranks)
+    found = find_photographs(*source, "pretraining", run.ranks)
     size = (config.image_size, CROP_SCALE)
     crops = RandomCrops(found.photographs, 2, *size, config.seed)
     loading = Loading(config.workers, config.prefetch, config.pin_memory, config.skip_broken)

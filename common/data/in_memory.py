@@ -1,4 +1,4 @@
-"""Image sets kept in memory as 8-bit tensors: CIFAR-10, a folder, generated shapes."""
+"""Image sets kept in memory as 8-bit tensors: CIFAR, a folder, generated shapes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from common.data.decoding import BrokenFile, decode_square, shown
+from common.data.download import download
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import Listing, find_split, first_of, renumber, require_batch
 from common.data.shapes import CLASS_NAMES, shapes_split
@@ -21,7 +22,8 @@ from common.runtime.cores import usable_cores
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 
-Dataset = Literal["cifar10", "folder", "shapes"]
+Dataset = Literal["cifar10", "cifar100", "folder", "shapes"]
+CIFAR = {"cifar10": ("CIFAR-10", CIFAR10), "cifar100": ("CIFAR-100", CIFAR100)}
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ def load_images(
     """Load a data set whole.
 
     Args:
-        dataset: "cifar10" (torchvision's files under `data_root`, downloaded when absent), "folder"
-            (see `load_folder`) or "shapes" (generated from `seed`).
-        image_size: S, pixels; CIFAR-10 has 32.
+        dataset: "cifar10" or "cifar100" (see `load_cifar`), "folder" (see `load_folder`) or
+            "shapes" (generated from `seed`).
+        image_size: S, pixels; CIFAR has 32.
         skip_broken: leave out files that cannot be decoded instead of stopping.
         at_least: how many training images are needed: the batch.
         ranks: every rank loads for itself; the first one downloads and reports.
@@ -79,8 +81,8 @@ def load_images(
         UserError: if there is nothing to load, or too little, a file is broken, or the ranks found
             different images.
     """
-    if dataset == "cifar10":
-        split = load_cifar10(data_root, image_size, ranks)
+    if dataset in CIFAR:
+        split = load_cifar(dataset, data_root, image_size, ranks)
     elif dataset == "folder":
         split = load_folder(data_root, image_size, skip_broken, at_least, ranks)
     else:
@@ -95,25 +97,23 @@ def _shapes_set(split: str, image_size: int, seed: int) -> ImageSet:
     return ImageSet(images, labels, CLASS_NAMES, fingerprint(names))
 
 
-def load_cifar10(data_root: str, image_size: int, ranks: Ranks) -> Split:
-    """torchvision's CIFAR-10 under `data_root`, downloaded by rank 0 when absent."""
+def load_cifar(dataset: Dataset, data_root: str, image_size: int, ranks: Ranks) -> Split:
+    """torchvision's CIFAR-10, or CIFAR-100 with its 100 fine classes, downloaded when absent.
+
+    Args:
+        dataset: "cifar10" or "cifar100".
+        data_root: holds torchvision's folder of the data set.
+
+    Raises:
+        UserError: if `image_size` is not 32, or there are no files and no network.
+    """
+    name, reader = CIFAR[dataset]
     if image_size != 32:
-        raise UserError(f"CIFAR-10 has 32-px images, not {image_size}; use another --dataset")
-    failure = None
-    if ranks.is_main:
-        try:
-            CIFAR10(data_root, download=True)
-        except (OSError, RuntimeError) as error:
-            failure = error
-    if ranks.any(failure is not None):
-        reason = failure or "on the first rank"
-        raise UserError(
-            f"CIFAR-10 is not under {data_root} and could not be downloaded ({reason}); connect "
-            "to the network, put cifar-10-python.tar.gz there, or try --dataset shapes"
-        ) from failure
+        raise UserError(f"{name} has 32-px images, not {image_size}; use another --dataset")
+    download(reader, name, data_root, ranks)
     sets = []
     for is_train in (True, False):
-        source = CIFAR10(data_root, train=is_train)
+        source = reader(data_root, train=is_train)
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         found = fingerprint(f"{label} {index}" for index, label in enumerate(source.targets))
         labels = torch.tensor(source.targets)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils import data
+from torch.utils.data import get_worker_info
 
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
@@ -20,17 +21,22 @@ from common.data.decoding import BrokenFile, decode
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import find_split, require_batch
 from common.data.shapes import CLASS_NAMES, SPLITS, shapes_split
+from common.data.stl10 import find_stl10
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import generator_for
 
+Dataset = Literal["folder", "stl10", "shapes"]
 Photograph = Path | Tensor  # a file, or uint8 `[3, H, W]`
 
 GIVE_UP_AFTER = 100  # broken files in a row: the disk may be gone
 
 
 class PhotographSet(NamedTuple):
-    """Photographs, with their labels and the classes' names, both empty where there are none."""
+    """Photographs, with labels and the classes' names, both empty where there are none.
+
+    Where only some photographs have labels, these come first, and `labels` is that much shorter.
+    """
 
     photographs: Sequence[Photograph]
     labels: Sequence[int]
@@ -57,7 +63,7 @@ class Loaded(NamedTuple):
 
 
 def find_photographs(
-    dataset: str,
+    dataset: Dataset,
     data_root: str,
     image_size: int,
     seed: int,
@@ -69,14 +75,25 @@ def find_photographs(
 
     Args:
         dataset: "folder" (torchvision's ImageFolder layout, `train/<class>/*`, `val/<class>/*`; or
-            images without labels) or "shapes" (generated from `seed` at `image_size`).
+            images without labels), "stl10" (see `find_stl10`) or "shapes" (generated from `seed` at
+            `image_size`).
         at_least: how many photographs are needed: the batch.
-        split: "train" or "val".
+        split: "train" or "val", or "pretraining": the training images, and those without labels
+            that a data set may have besides.
         ranks: every rank lists for itself; the first one reports.
 
     Raises:
         UserError: if there are none, or too few, or the ranks found different ones.
     """
+    if dataset == "stl10":
+        images, labels, class_names = find_stl10(data_root, image_size, split, ranks)
+        require_batch(len(images), at_least, dataset)
+        names = [f"{dataset} {split} {index} {label}" for index, label in enumerate(labels)]
+        names += [f"{dataset} {split} {index}" for index in range(len(labels), len(images))]
+        found = fingerprint(names)
+        require_same_images(found, data_root, ranks)
+        return PhotographSet(images, labels, class_names, found)
+    split = "val" if split == "val" else "train"
     if dataset == "shapes":
         require_batch(SPLITS[split], at_least, dataset)
         images, labels = shapes_split(split, image_size, seed)
@@ -104,7 +121,7 @@ def crop(photograph: Tensor, box: Sequence[float], size: int) -> Tensor:
     return resize(photograph[:, top : top + height, left : left + width], size, size)
 
 
-class Crops(Dataset):
+class Crops(data.Dataset):
     """Crops of photographs, `count` of uint8 `[3, size, size]` each."""
 
     def __init__(self, photographs: Sequence[Photograph], count: int, size: int) -> None:
@@ -130,11 +147,11 @@ class Crops(Dataset):
         broken = []
         for attempt in range(min(len(self), GIVE_UP_AFTER)):
             used = (index + attempt) % len(self)
-            photograph = self.photographs[used]
-            if isinstance(photograph, Tensor):
-                return photograph, used, broken
             try:
-                return decode(photograph), used, broken
+                photograph = self.photographs[used]
+                if not isinstance(photograph, Tensor):
+                    photograph = decode(photograph)
+                return photograph, used, broken
             except BrokenFile as error:
                 broken.append(str(error))
         return None, index, broken

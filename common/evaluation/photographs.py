@@ -9,11 +9,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from common.augment.imagenet import normalised
 from common.data.listing import renumber
 from common.data.loader import Loading
-from common.data.photographs import Photograph, PhotographSet, find_photographs
+from common.data.photographs import Dataset, Photograph, PhotographSet, find_photographs
 from common.evaluation.feature_batches import centre_features
 from common.evaluation.knn import accuracy_of_features
 from common.evaluation.neighbours import CELL, sample, show_neighbours
@@ -25,7 +26,7 @@ from common.training.training import Training
 class EvaluationConfig(Protocol):
     """The settings of the evaluation."""
 
-    dataset: str
+    dataset: Dataset
     data_root: str
     image_size: int
     workers: int
@@ -57,7 +58,7 @@ class PhotographEvaluation:
         self.train = train
         self.config = config
         self.val: PhotographSet | None = None
-        has_val = config.dataset == "shapes" or (Path(config.data_root) / "val").is_dir()
+        has_val = config.dataset != "folder" or (Path(config.data_root) / "val").is_dir()
         if config.knn_every and train.class_names and has_val:
             source = (config.dataset, config.data_root, config.image_size, config.seed)
             self.val = find_photographs(*source, 1, "val", training.ranks)
@@ -80,7 +81,7 @@ class PhotographEvaluation:
         ranks.broadcast_buffers(self.network)
         labels = torch.tensor(self.train.labels)
         chosen = first_of_each_class(labels, self.config.knn_images)
-        photographs = [self.train.photographs[index] for index in chosen]
+        photographs = Subset(self.train.photographs, chosen)
         bank, used = self._features(photographs, self.encode, ranks, skip_broken=True)
         bank_labels = labels[chosen][used].to(ranks.device)
         queries, _ = self._features(self.val.photographs, self.encode, ranks, skip_broken=False)
@@ -104,14 +105,14 @@ class PhotographEvaluation:
             return self.encode(images)
 
         index = sample(len(self.train.photographs)).tolist()
-        photographs = [self.train.photographs[number] for number in index]
+        photographs = Subset(self.train.photographs, index)
         alone = Ranks(0, 1, ranks.device)
         features, _ = self._features(photographs, encode, alone, skip_broken=True)
         show_neighbours(self.training, torch.cat(small), features)
 
     def _features(
         self,
-        photographs: Sequence[Photograph],
+        photographs: Sequence[Photograph] | Subset,
         encode: Callable[[Tensor], Tensor],
         ranks: Ranks,
         skip_broken: bool,

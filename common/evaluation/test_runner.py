@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from common.augment.imagenet import normalised
 from common.data.decoding import shown
 from common.data.listing import renumber
 from common.data.loader import Loading
-from common.data.photographs import find_photographs
+from common.data.photographs import Dataset, find_photographs
 from common.evaluation.accuracy import count_right, sweep_table
 from common.evaluation.classifier import Batches, Classifiers, new_classifier, train_classifier
 from common.evaluation.feature_batches import cached_batches, centre_features, cropped_batches
@@ -49,8 +49,8 @@ from common.training.signals import StopFlag
 class Config:
     pretrained: str  # last.pt or backbone.pt of a run, or a ResNet's state dict as torchvision's
     # data
-    dataset: Literal["folder", "shapes"] = "folder"  # photographs, or generated shapes for a try
-    data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, val/<class>/*
+    dataset: Dataset = "folder"  # photographs, stl10 at --image-size 96, or generated shapes
+    data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, val/<class>/*; STL-10
     image_size: Pixels = 224  # pixels; evaluation resizes to 8/7 of it and cuts the centre
     workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     skip_broken: bool = False  # in place of a training file that cannot be decoded take the next

@@ -1,28 +1,25 @@
 """common/data/in_memory.py on files made here, and common/data/shapes.py."""
 
-import hashlib
-import pickle
 import re
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import CIFAR10, cifar
 
 from assertions import assert_equal
 from common.data import in_memory as datasets
 from common.data import shapes as generated
 from common.data.fingerprint import fingerprint
-from common.data.in_memory import Split, load_cifar10, load_folder, load_images
+from common.data.in_memory import Split, load_cifar, load_folder, load_images
 from common.data.listing import list_images
 from common.data.shapes import CLASS_NAMES, shapes
 from common.evaluation.knn import knn_predict
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from pillow_reference import pictures, to_pillow
+from published_files import forbid_downloads, put_cifar
 
 torch.set_num_threads(1)
 
@@ -265,53 +262,21 @@ def test_batch_larger_than_what_can_be_decoded(tmp_path: Path) -> None:
     assert len(load_images("folder", str(tmp_path), 32, 0, True, 2, ONE_PROCESS).train) == 2
 
 
-# CIFAR-10 ----------------------------------------------------------------------------------------
+# CIFAR -------------------------------------------------------------------------------------------
 
 
-def put_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[int]]:
-    """Six files of four images in the published format, the last for testing, with their sums.
-
-    Returns all 24 images and labels in order.
-    """
-    folder = root / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-    images = torch.randint(256, (24, 3, 32, 32), generator=torch.Generator(), dtype=torch.uint8)
-    labels = [(7 * index) % 10 for index in range(24)]
-
-    def put_pickled(name: str, content: dict) -> str:
-        data = pickle.dumps(content, protocol=2)
-        (folder / name).write_bytes(data)
-        return hashlib.md5(data).hexdigest()
-
-    listed = []
-    for number, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
-        rows = slice(4 * number, 4 * number + 4)
-        # A row holds 1024 reds, then greens, then blues, each line by line.
-        content = {"data": images[rows].reshape(4, 3072).numpy(), "labels": labels[rows]}
-        listed.append([name, put_pickled(name, content)])
-    names = [f"class {index}" for index in range(10)]
-    meta = {"filename": "batches.meta", "key": "label_names"}
-    meta["md5"] = put_pickled("batches.meta", {"label_names": names})
-    monkeypatch.setattr(CIFAR10, "train_list", listed[:5])
-    monkeypatch.setattr(CIFAR10, "test_list", listed[5:])
-    monkeypatch.setattr(CIFAR10, "meta", meta)
-    return images, labels
-
-
-def forbid_downloads(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(cifar, "download_and_extract_archive", refuse)
-
-
-def test_cifar10(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("dataset", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar(
+    dataset: str,
+    classes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    images, labels = put_cifar10(tmp_path, monkeypatch)
+    images, labels = put_cifar(dataset, tmp_path, monkeypatch)
     forbid_downloads(monkeypatch, AssertionError("everything is there"))
-    train, test = load_cifar10(str(tmp_path), 32, ONE_PROCESS)
-    assert capsys.readouterr().out == f"Found 20 images of 10 classes in {tmp_path}.\n"
+    train, test = load_cifar(dataset, str(tmp_path), 32, ONE_PROCESS)
+    assert capsys.readouterr().out == f"Found 20 images of {classes} classes in {tmp_path}.\n"
     assert test is not None
     assert_equal(train.images, images[:20], "train")
     assert_equal(test.images, images[20:], "test")
@@ -319,30 +284,18 @@ def test_cifar10(
     for image_set in (train, test):
         assert image_set.images.is_contiguous()
         assert image_set.labels.dtype == torch.int64
-        assert image_set.class_names == tuple(f"class {index}" for index in range(10))
-    with pytest.raises(UserError, match=r"batch of 21 .* 20 images \(cifar10\)"):
-        load_images("cifar10", str(tmp_path), 32, 0, False, 21, ONE_PROCESS)
+        assert image_set.class_names == tuple(f"class {index}" for index in range(classes))
+    with pytest.raises(UserError, match=rf"batch of 21 .* 20 images \({dataset}\)"):
+        load_images(dataset, str(tmp_path), 32, 0, False, 21, ONE_PROCESS)
 
 
-@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("File is corrupted.")])
-def test_cifar10_without_network(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forbid_downloads(monkeypatch, error)
-    with pytest.raises(UserError) as caught:
-        load_cifar10(str(tmp_path), 32, ONE_PROCESS)
-    sentence = str(caught.value)
-    for part in (str(tmp_path), str(error), "cifar-10-python.tar.gz", "--dataset shapes"):
-        assert part in sentence
-    assert "\n" not in sentence
-
-
-def test_cifar10_of_another_size_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dataset", "name"), [("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")])
+def test_cifar_of_another_size_is_refused_at_once(
+    dataset: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_downloads(monkeypatch, AssertionError("nothing has to be downloaded"))
-    with pytest.raises(UserError, match="32-px images, not 64"):
-        load_cifar10(str(tmp_path), 64, ONE_PROCESS)
+    with pytest.raises(UserError, match=f"{name} has 32-px images, not 64"):
+        load_cifar(dataset, str(tmp_path), 64, ONE_PROCESS)
 
 
 # Shapes ------------------------------------------------------------------------------------------

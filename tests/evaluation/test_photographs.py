@@ -44,9 +44,12 @@ RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
 
 
 def test_knn_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third red photograph is labelled blue; a bank of two of each class leaves it out."""
+    """The third red photograph is labelled blue; a bank of two of each class leaves it out.
+
+    The last photographs have no labels and are not in the bank either.
+    """
     train = PhotographSet(
-        of_colours(RED, GREEN, BLUE, RED, GREEN, BLUE, RED),
+        of_colours(RED, GREEN, BLUE, RED, GREEN, BLUE, RED, RED, BLUE),
         [0, 1, 2, 0, 1, 2, 2],
         ("red", "green", "blue"),
         "train",

@@ -17,6 +17,7 @@ import simclr_cifar10.run
 from byol_cifar10.model import online_network
 from common.runtime.errors import UserError
 from common.training import run as run_setup
+from published_files import put_cifar
 from scripts import assert_equal, command_line, metrics, run, state
 
 EXPERIMENTS = ["simclr_cifar10", "byol_cifar10"]
@@ -129,6 +130,21 @@ def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
     assert len(compiled) == 3
     for part in ("model", "target"):
         torch.testing.assert_close(continued[part], whole[part], rtol=1e-4, atol=1e-5)
+
+
+def test_cifar100_has_100_classes_in_knn_and_linear_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_cifar("cifar100", tmp_path, monkeypatch, count=240)
+    small = {name.replace("-", "_"): value for name, value in SMALL.items()}
+    small |= {"dataset": "cifar100", "data_root": str(tmp_path), "backbone": "resnet10"}
+    run_dir = tmp_path / "run"
+    simclr_cifar10.run.main(
+        simclr_cifar10.run.Config(**small, max_steps=1, knn_every=0, run_dir=str(run_dir))
+    )
+    assert state(run_dir, "linear_last.pt")["classifier"]["weight"].shape == (100, 64)
+    rows = metrics(run_dir)
+    assert [set(row) & {"knn", "linear"} for row in rows] == [{"knn"}, {"knn"}, {"linear"}]
 
 
 def test_without_heavy_views_there_is_no_asymmetric_loss(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import re
@@ -17,8 +18,10 @@ import torch
 from PIL import Image
 
 from common.data.shapes import shapes
+from common.evaluation import test_runner
 from common.runtime.errors import UserError
 from common.runtime.seeding import epoch_order
+from published_files import put_stl10
 from scripts import assert_equal, command_line, kill, metrics, on_two_ranks, run, start_until, state
 
 EXPERIMENTS = {
@@ -176,6 +179,7 @@ ERRORS = {
         {"weight_decay": math.nan},
         "--weight-decay must be between 0 and 1; it is nan",
     ),
+    "enlarged": ({"dataset": "stl10"}, "STL-10 has 96-px images, smaller than views of 224 px"),
     "batch": ({"dataset": "shapes", "batch_size": 6016}, "does not fit a set of 6000 images"),
 }
 
@@ -200,3 +204,29 @@ def test_byols_other_regimes(regime: str, folder: Path, tmp_path: Path) -> None:
     (row,) = metrics(tmp_path / "run")
     assert row["loss"] == pytest.approx(row["symmetric"], abs=1e-6)
     assert "asymmetric" not in row
+
+
+def test_stl10_pretrains_on_all_and_is_evaluated_on_the_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last epoch's kNN is test_runner.py's: both have the labelled images as their bank."""
+    put_stl10(tmp_path, monkeypatch, train=20, unlabelled=13, test=9)
+    names = ("backbone", "image-size", "workers", "device")
+    small = {name.replace("-", "_"): SMALL[name] for name in names}
+    small |= {"dataset": "stl10", "data_root": str(tmp_path), "precision": "fp32"}
+    script = importlib.import_module("simsiam_imagenet.run")
+    heads = {"projector_dim": 16, "predictor_dim": 8, "batch_size": 16, "epochs": 1}
+    run_dir = tmp_path / "run"
+    script.main(script.Config(**small, **heads, knn_every=1, run_dir=str(run_dir)))
+    assert "Found 33 images, 20 of them of 10 classes, in" in capsys.readouterr().out
+    with Image.open(run_dir / "neighbours.png") as picture:
+        assert picture.height == 10 * (3 * 32 + 8)
+
+    pretrained = {"pretrained": str(run_dir / "last.pt"), "knn": True, "epochs": 1}
+    test_runner.main(test_runner.Config(**small, **pretrained, batch_size=20))
+    result = json.loads((run_dir / "linear.jsonl").read_text())
+    assert result["images"] == 9
+    (row,) = metrics(run_dir)
+    assert result["knn"] == pytest.approx(row["knn"])
+    assert "Found 20 images of 10 classes in" in capsys.readouterr().out
+    assert state(run_dir, "linear_last.pt")["classifier"]["weight"].shape == (10, 512)

@@ -1,0 +1,35 @@
+"""Data sets that torchvision downloads."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torchvision.datasets import CIFAR10, STL10
+
+from common.runtime.errors import UserError
+from common.runtime.ranks import Ranks
+
+
+@cache  # the checksums of STL-10's 3 GB take seconds, and two splits are asked for
+def download(source: type[CIFAR10] | type[STL10], name: str, data_root: str, ranks: Ranks) -> None:
+    """Rank 0 downloads a data set to `data_root` if its files are absent or differ; all wait.
+
+    Args:
+        source: torchvision's reader, CIFAR100 included.
+        name: of the data set, for messages.
+
+    Raises:
+        UserError: on every rank, if it cannot be downloaded.
+    """
+    failure = None
+    if ranks.is_main:
+        try:
+            source(data_root, download=True)
+        except (OSError, RuntimeError) as error:
+            failure = error
+    if ranks.any(failure is not None):
+        reason = failure or "on the first rank"
+        raise UserError(
+            f"{name} is not under {data_root} and could not be downloaded ({reason}); connect "
+            f"to the network, put {source.filename} there, or try --dataset shapes"
+        ) from failure
