@@ -33,18 +33,19 @@ class BinaryImages(Sequence[Tensor]):
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.counts = {path: path.stat().st_size // IMAGE_BYTES for path in paths}
+        self.count = 0
+        self.files: list[tuple[int, Path]] = []  # with the index of its first image; the last first
+        for path in paths:
+            self.files.insert(0, (self.count, path))
+            self.count += path.stat().st_size // IMAGE_BYTES
 
     def __len__(self) -> int:
-        return sum(self.counts.values())
+        return self.count
 
     def __getitem__(self, index: int) -> Tensor:
-        index = range(len(self))[index]
-        for path, count in self.counts.items():
-            if index < count:
-                return _read(path, index)
-            index -= count
-        raise AssertionError("the range above refuses such an index")
+        index = range(self.count)[index]
+        first, path = next(file for file in self.files if file[0] <= index)
+        return _read(path, index - first)
 
 
 def _read(path: Path, index: int) -> Tensor:
@@ -92,11 +93,9 @@ def find_stl10(data_root: str, image_size: int, split: str, ranks: Ranks) -> Stl
         class_names = tuple((folder / STL10.class_names_file).read_text().splitlines())
     except OSError as error:  # another machine's
         raise UserError(
-            f"STL-10 is not whole in {folder} ({error}); give every machine the same files"
+            f"STL-10 is incomplete in {folder} ({error}); give every machine the same files"
         ) from error
     if ranks.is_main:
-        labelled = "" if len(labels) == len(images) else f", {len(labels)} of them"
-        comma = "," * bool(labelled)
-        classes = f"{labelled} of {len(class_names)} classes{comma}"
-        print(f"Found {len(images)} images{classes} in {folder}.")
+        part = f", {len(labels)} of them" * (len(labels) < len(images))
+        print(f"Found {len(images)} images{part} of {len(class_names)} classes in {folder}.")
     return Stl10Split(images, (labels.astype(int) - 1).tolist(), class_names)

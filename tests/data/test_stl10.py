@@ -57,7 +57,7 @@ def test_every_image_and_label_is_torchvisions(
     assert found.labels == labels
     assert found.class_names == STL10_NAMES == tuple(expected.classes)
     assert not found.stray
-    kind = " of 10 classes" if split != "pretraining" else ", 7 of them of 10 classes,"
+    kind = " of 10 classes" if split != "pretraining" else ", 7 of them of 10 classes"
     assert capsys.readouterr().out == f"Found {count} images{kind} in {root}/stl10_binary.\n"
 
 
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_told(root: Path) -> None:
 def test_a_file_that_another_machine_lacks_is_named(root: Path) -> None:
     find(root, "train")  # the first rank's are complete
     (root / STL10.base_folder / "unlabeled_X.bin").unlink()
-    with pytest.raises(UserError, match=r"not whole in .*unlabeled_X.bin.*every machine the same"):
+    with pytest.raises(UserError, match=r"incomplete in .*unlabeled_X.bin.*every machine the same"):
         find(root, "pretraining")
 
 

@@ -218,7 +218,7 @@ def test_stl10_pretrains_on_all_and_is_evaluated_on_the_labelled(
     heads = {"projector_dim": 16, "predictor_dim": 8, "batch_size": 16, "epochs": 1}
     run_dir = tmp_path / "run"
     script.main(script.Config(**small, **heads, knn_every=1, run_dir=str(run_dir)))
-    assert "Found 33 images, 20 of them of 10 classes, in" in capsys.readouterr().out
+    assert "Found 33 images, 20 of them of 10 classes in" in capsys.readouterr().out
     with Image.open(run_dir / "neighbours.png") as picture:
         assert picture.height == 10 * (3 * 32 + 8)
 
