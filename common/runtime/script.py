@@ -23,8 +23,8 @@ def run_script(
 ) -> None:
     """Read the command line into a `config_type` and call `main` with it.
 
-    A `UserError` ends the process with one line on standard error and status 1, a stop request
-    with 128 plus the signal's number.
+    A `UserError`, or an error for want of memory, ends the process with one line on standard error
+    and status 1; a stop request with 128 plus the signal's number.
 
     Args:
         config_type: a dataclass of plain values; texts that begin with ~ become paths.
@@ -46,6 +46,16 @@ def run_script(
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        # The allocators of CUDA and MPS, of CPU tensors, and of NumPy (a MemoryError).
+        signs = ("out of memory", "can't allocate memory", "Unable to allocate")
+        if not any(sign in reason for sign in signs):
+            raise
+        sys.exit(
+            f"error: too little memory ({reason}); lower --batch-size, or another size of the "
+            "images or the network"
+        )
 
 
 def _expand_home(config: ConfigType) -> ConfigType:

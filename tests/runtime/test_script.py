@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from common.runtime.errors import StopRequested, UserError
@@ -47,6 +48,8 @@ def main(config: Config) -> None:
                 raise StopRequested(143)
             if step == 50 and config.end == "bug":
                 raise RuntimeError("a bug")
+            if step == 50 and config.end == "memory":
+                torch.empty(2**50)
         file.write("complete")
 
 
@@ -163,6 +166,7 @@ ENDS = {
     "error": (1, b"\nerror: a sentence\n"),
     "stop": (143, b"\nStopped, with a checkpoint: the same command continues the run.\n"),
     "bug": (1, b"\nTraceback (most recent call last):\n"),
+    "memory": (1, b"\nerror: too little memory ("),
 }
 
 
@@ -173,9 +177,9 @@ def test_the_last_message_starts_on_a_line_of_its_own(end: str, script: Path) ->
     assert status == expected
     assert b"%|" in errors, "no progress bar"
     assert message in errors
+    assert (b"Traceback" in errors) == (end == "bug")
     if end == "error":
         assert errors.endswith(message)
-        assert b"Traceback" not in errors
 
 
 def test_a_leading_tilde_is_the_home_directory(script: Path) -> None:
