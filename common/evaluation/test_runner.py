@@ -20,13 +20,14 @@ from common.evaluation.accuracy import count_right, sweep_table
 from common.evaluation.classifier import Batches, Classifiers, new_classifier, train_classifier
 from common.evaluation.feature_batches import cached_batches, centre_features, cropped_batches
 from common.evaluation.knn import accuracy_of_features
-from common.networks.resnet import Depth, imagenet_resnet
+from common.evaluation.pretrained import load_backbone
+from common.networks.resnet import Depth
 from common.runtime import launch
 from common.runtime.errors import UserError, require
 from common.runtime.precision import Precision, autocast
 from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
-from common.training.checkpoint import Checkpoints, first_line, read_checkpoint, require_entries
+from common.training.checkpoint import Checkpoints
 from common.training.config_json import MAY_CHANGE
 from common.training.larc import LARC
 from common.training.metrics import append_once
@@ -47,7 +48,7 @@ from common.training.signals import StopFlag
 
 @dataclass(frozen=True)
 class Config:
-    pretrained: str  # last.pt or backbone.pt of a run, or a ResNet's state dict as torchvision's
+    pretrained: str  # last.pt or backbone.pt of a run, or a ResNet of another project
     # data
     dataset: Dataset = "folder"  # photographs, stl10 at --image-size 96, or generated shapes
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, val/<class>/*; STL-10
@@ -83,7 +84,7 @@ def main(config: Config) -> None:
     ranks = launch.start(config.device)
     device = ranks.device
     ranks.share(config.batch_size)
-    backbone = load_backbone(Path(config.pretrained), config.backbone)
+    backbone = load_backbone(Path(config.pretrained), config.backbone, tell=ranks.is_main)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
 
@@ -234,32 +235,6 @@ def fit(
         way_out=way_out,
     )
     return classifier
-
-
-def load_backbone(path: Path, architecture: Depth) -> nn.Module:
-    """A ResNet with the weights of a run's checkpoint, its backbone.pt, or torchvision's format.
-
-    Raises:
-        UserError: if the file is missing, damaged or of another network.
-    """
-    state = read_checkpoint(path)
-    if "model" in state:
-        require_entries(state, {"model": dict}, path)
-        state = {
-            name.removeprefix("backbone."): value
-            for name, value in state["model"].items()
-            if isinstance(name, str) and name.startswith("backbone.")
-        }
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    backbone = imagenet_resnet(architecture)
-    try:
-        backbone.load_state_dict(state)
-    except Exception as error:  # other content can raise anything
-        raise UserError(
-            f"{path} does not fit a {architecture} ({first_line(error)}); name another with "
-            "--backbone"
-        ) from error
-    return backbone
 
 
 def checksum(state: Mapping[str, Tensor]) -> int:

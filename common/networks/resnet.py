@@ -11,7 +11,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from common.runtime.errors import UserError
 
-Depth = Literal["resnet18", "resnet34", "resnet50"]
+Depth = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"
+]  # torchvision's
 CifarDepth = Literal["resnet10", "resnet18", "resnet34", "resnet50"]  # resnet10: 1 block per stage
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {

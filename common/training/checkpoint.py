@@ -7,8 +7,9 @@ import os
 import re
 import textwrap
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,18 +46,22 @@ def on_cpu(state: Any) -> Any:
     return state.cpu() if isinstance(state, torch.Tensor) else state
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, with_objects: bool = False) -> dict[str, Any]:
     """Read a file of tensors and plain values to the CPU; code in it is never executed.
 
     Checksums are verified. The format of torch before 1.6, which has none, is read too.
 
+    Args:
+        with_objects: accept a file that also holds objects of any classes, such as the settings of
+            another program; each of them is read as a dictionary. Not in the format before 1.6.
+
     Raises:
         UserError: if the file is missing, damaged or holds anything else; it is named.
     """
-    return _require_names(_read(path), path)
+    return _require_names(_read(path, with_objects=with_objects), path)
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, *, with_objects: bool = False) -> object:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if not path.is_file():
@@ -66,11 +71,32 @@ def _read(path: Path) -> object:
             is_old_format = file.read(len(OLD_FORMAT)) == OLD_FORMAT
         if not is_old_format:
             _verify_checksums(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        others = _stand_ins(path) if with_objects and not is_old_format else nullcontext()
+        with others:
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path} {_reason(error)}") from error
+
+
+class _StandIn:
+    """In place of a class or function that a file names: calling it gives a dictionary."""
+
+    def __new__(cls, *arguments: object) -> OrderedDict:
+        return OrderedDict()  # the one kind that torch's safe reader lets have items and attributes
+
+
+def _stand_ins(path: Path) -> AbstractContextManager:
+    """Within it, torch's safe reader takes a stand-in for every class that it would refuse.
+
+    The classes themselves are neither imported nor called.
+    """
+    stand_ins = []
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        module, _, own_name = name.rpartition(".")
+        stand_ins.append(type(own_name, (_StandIn,), {"__module__": module}))
+    return torch.serialization.safe_globals(stand_ins)
 
 
 def _require_names(state: object, path: Path) -> dict[str, Any]:
@@ -103,7 +129,8 @@ def _reason(error: Exception) -> str:
     named = f", {found[1]}" if found else ""
     return (
         f"is not loaded: it holds more than tensors and plain values{named}, and reading it could "
-        "execute code of others"
+        "execute code of others; with the program that wrote it save the state dict alone: "
+        "torch.save(network.state_dict(), FILE)"
     )
 
 

@@ -25,14 +25,13 @@ from common.evaluation import test_runner as linear_evaluation
 from common.evaluation.accuracy import count_right
 from common.evaluation.classifier import Classifiers, new_classifier
 from common.evaluation.feature_batches import cached_batches, cropped_batches
-from common.evaluation.test_runner import Config, fit, load_backbone
-from common.networks.resnet import imagenet_resnet
+from common.evaluation.pretrained import load_backbone
+from common.evaluation.test_runner import Config, fit
 from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order, generator_for
 from common.training.signals import StopFlag
 from scripts import assert_equal, command_line, kill, on_two_ranks, run, start_until, state
-from simsiam_imagenet.model import SimSiam
 
 SIZE, BATCH, EPOCHS, BASE_LR, CLASSES = 28, 8, 2, 40.0, 7
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -566,33 +565,3 @@ def test_settings_that_cannot_be_are_a_sentence(
     done = run(command(folder, weights, tmp_path, *arguments), status=1)
     assert done.stderr.strip() == f"error: {sentence}"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_every_format_of_weights_is_read(weights: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    network = SimSiam("resnet18", projector_dim=8, predictor_dim=4)
-    torch.save({"model": network.state_dict(), "config": {}}, tmp_path / "last.pt")
-    torch.save(network.backbone.state_dict(), tmp_path / "backbone.pt")
-    expected = network.backbone.state_dict()
-    for name in ("last.pt", "backbone.pt"):
-        found = load_backbone(tmp_path / name, "resnet18").state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
-    reference = torch.load(weights, weights_only=True)
-    found = load_backbone(weights, "resnet18").state_dict()
-    assert found.keys() == reference.keys() - {"fc.weight", "fc.bias"}
-    assert all(torch.equal(found[key], reference[key]) for key in found)
-    with pytest.raises(UserError, match=r"does not fit a resnet50 .*--backbone"):
-        load_backbone(weights, "resnet50")
-    with pytest.raises(UserError, match="no such checkpoint"):
-        load_backbone(tmp_path / "nothing.pt", "resnet18")
-    for content, message in (
-        ({"model": [1]}, "entry 'model' is a list"),
-        ({"model": {0: 1, "other.weight": 2}}, r"does not fit a resnet18 \(Missing key"),
-        ({**reference, "conv1.weight": 3}, r"does not fit a resnet18 \(While copying"),
-        (torch.zeros(3), "holds a Tensor"),
-    ):
-        torch.save(content, tmp_path / "wrong.pt")
-        with pytest.raises(UserError, match=message):
-            load_backbone(tmp_path / "wrong.pt", "resnet18")
-    assert imagenet_resnet("resnet18").feature_dim == 512
