@@ -76,15 +76,19 @@ def _to_rgb(source: Image.Image) -> Image.Image:
 
 
 def decode_square(path: Path, size: int) -> Tensor:
-    """Decode an image file to RGB, uint8 `[3, size, size]`.
-
-    An image of another size is resized as by torchvision's Resize (shorter side, bicubic) and
-    CenterCrop.
+    """Decode an image file to RGB, uint8 `[3, size, size]`, as `square` makes it.
 
     Raises:
         BrokenFile: as `decode`.
     """
-    pixels = decode(path)
+    return square(decode(path), size)
+
+
+def square(pixels: Tensor, size: int) -> Tensor:
+    """Resize an image, uint8 `[3, H, W]`, to `[3, size, size]`.
+
+    As by torchvision's Resize (shorter side, bicubic) and CenterCrop, to the bit.
+    """
     if pixels.shape[1:] == (size, size):
         return pixels
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())

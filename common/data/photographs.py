@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
-from common.data.decoding import BrokenFile, decode
+from common.data.decoding import BrokenFile, decode, square
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import find_split, require_batch
 from common.data.shapes import CLASS_NAMES, SPLITS, shapes_split
@@ -43,6 +43,7 @@ class PhotographSet(NamedTuple):
     class_names: tuple[str, ...]
     fingerprint: str  # number and checksum of the relative names
     stray: str = ""  # without labels: an image that is in no class folder
+    names: Sequence[str] = ()  # of the photographs, relative to the split's folder
 
 
 class Item(NamedTuple):
@@ -98,11 +99,13 @@ def find_photographs(
         require_batch(SPLITS[split], at_least, dataset)
         images, labels = shapes_split(split, image_size, seed)
         names = [f"{dataset} {split} {seed} {index}" for index in range(len(images))]
-        return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, fingerprint(names))
+        found = fingerprint(names)
+        return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, found, names=names)
     listing = find_split(Path(data_root), split, ranks, at_least)
     found = fingerprint(listing.names)
     require_same_images(found, data_root, ranks)
-    return PhotographSet(listing.files, listing.labels, listing.class_names, found, listing.stray)
+    labelled = (listing.files, listing.labels, listing.class_names)
+    return PhotographSet(*labelled, found, listing.stray, listing.names)
 
 
 def resize(photograph: Tensor, height: int, width: int) -> Tensor:
@@ -229,13 +232,23 @@ class CentreCrops(Crops):
 
     def __getitem__(self, index: int) -> Item:
         photograph, used, broken = self.read(index)
-        if photograph is None:
-            return Item([], used, broken)
+        crops = [] if photograph is None else [self.view(photograph)]
+        return Item(crops, used, broken)
+
+    def view(self, photograph: Tensor) -> Tensor:
+        """The view `[3, size, size]` of a photograph, both uint8."""
         shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
         height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
         view = resize(photograph, height, width)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return Item([view[:, top : top + self.size, left : left + self.size]], used, broken)
+        return view[:, top : top + self.size, left : left + self.size]
+
+
+class Squares(CentreCrops):
+    """Whole photographs by index, cut square, as experiments on images in memory decode them."""
+
+    def view(self, photograph: Tensor) -> Tensor:
+        return square(photograph, self.size)
 
 
 def stack(items: list[Item]) -> Loaded:

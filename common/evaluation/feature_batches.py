@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,32 +57,101 @@ def centre_features(
         UserError: if a file cannot be decoded, without `skip_broken`.
         StopRequested: on every rank, after a signal to any.
     """
-    mine = range(ranks.rank, len(photographs), ranks.world_size)
-    views = CentreCrops(photographs, image_size)
-    loader = load(
-        views, loading, ranks, EVALUATION_BATCH, sampler=mine, batch_size=EVALUATION_BATCH
-    )
     features = [torch.empty(0, feature_dim, device=ranks.device)]
     used = [torch.empty(0, dtype=torch.int64)]
     skipped: list[str] = []
-    # The batches that every rank has: only in these can all of them decide together to stop.
-    common = -(-(len(photographs) // ranks.world_size) // EVALUATION_BATCH)
-    bar = tqdm(loader, "features", disable=not ranks.is_main, leave=False)
-    for index, batch in enumerate(bar):
-        loaded = unpack(batch)
-        skipped += loaded.broken
-        if skipped and not loading.skip_broken:
-            raise UserError(
-                f"{skipped[0]}; restore the file or remove it, or if it is a training image, "
-                "repeat the command with --skip-broken"
-            )
-        features.append(encode(loaded.crops[0].to(ranks.device, non_blocking=True)))
-        used.append(loaded.indices)
-        if index < common and ranks.any(stop.requested):
-            again = "Stopped while features were extracted: the same command extracts them again."
-            raise StopRequested(stop.exit_status, again)
+    views = CentreCrops(photographs, image_size)
+    for batch in feature_batches(views, encode, feature_dim, loading, ranks, stop):
+        features.append(batch.features)
+        used.append(batch.used)
+        skipped += batch.broken
     tell_skipped(skipped, ranks)
     return torch.cat(features), torch.cat(used)
+
+
+def joined_features(
+    views: CentreCrops,
+    encode: Callable[[Tensor], Tensor],
+    feature_dim: int,
+    loading: Loading,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> tuple[Tensor, Tensor]:
+    """Features of all photographs, in the memory of the first rank's CPU.
+
+    Arguments and errors as `feature_batches`.
+
+    Returns:
+        On the first rank features float32 `[n, feature_dim]`, and int64 `[n]`: the photograph that
+        each is of, in order. With `skip_broken` broken files are left out. On other ranks nothing.
+    """
+    features = torch.empty(len(views) if ranks.is_main else 0, feature_dim)
+    done = [torch.empty(0, dtype=torch.int64)]
+    count = first = 0
+    for batch in feature_batches(views, encode, feature_dim, loading, ranks, stop):
+        together = min(len(views) - first, EVALUATION_BATCH * ranks.world_size)
+        rows = ranks.gather(batch.features, together).cpu()
+        used = ranks.gather(batch.used.to(ranks.device), together).cpu()
+        if ranks.is_main:
+            expected = torch.arange(first, first + together)
+            own = used == expected  # others are of the next file in place of a broken one
+            features[count : count + int(own.sum())] = rows[own]
+            count += int(own.sum())
+            done.append(expected[own])
+        first += together
+    return features[:count], torch.cat(done)
+
+
+class FeatureBatch(NamedTuple):
+    """A batch of a rank's features; empty where a rank has none left and others still do."""
+
+    features: Tensor  # float `[n, feature_dim]`, on the device
+    used: Tensor  # int64 `[n]` on the CPU: the photograph that each is of
+    broken: list[str]  # about each file that could not be decoded
+
+
+def feature_batches(
+    views: CentreCrops,
+    encode: Callable[[Tensor], Tensor],
+    feature_dim: int,
+    loading: Loading,
+    ranks: Ranks,
+    stop: StopFlag,
+) -> Iterator[FeatureBatch]:
+    """Features of this rank's photographs, as many batches on every rank.
+
+    Args:
+        views: one of each photograph.
+        encode: uint8 views `[B, 3, size, size]` on the device to float `[B, feature_dim]`.
+
+    Raises:
+        UserError: if a file cannot be decoded, without `skip_broken`.
+        StopRequested: on every rank, after a signal to any.
+    """
+    mine = range(ranks.rank, len(views), ranks.world_size)
+    loader = load(
+        views, loading, ranks, EVALUATION_BATCH, sampler=mine, batch_size=EVALUATION_BATCH
+    )
+    bar = tqdm(loader, "features", disable=not ranks.is_main, leave=False)
+    batches = iter(bar)
+    for _ in range(-(-len(views) // (EVALUATION_BATCH * ranks.world_size))):
+        batch = next(batches, None)
+        if batch is None:
+            empty = torch.empty(0, feature_dim, device=ranks.device)
+            yield FeatureBatch(empty, torch.empty(0, dtype=torch.int64), [])
+        else:
+            loaded = unpack(batch)
+            if loaded.broken and not loading.skip_broken:
+                raise UserError(
+                    f"{loaded.broken[0]}; restore the file or remove it, or if it is a training "
+                    "image, repeat the command with --skip-broken"
+                )
+            features = encode(loaded.crops[0].to(ranks.device, non_blocking=True))
+            yield FeatureBatch(features, loaded.indices, loaded.broken)
+        if ranks.any(stop.requested):
+            again = "Stopped while features were extracted: the same command extracts them again."
+            raise StopRequested(stop.exit_status, again)
+    bar.close()
 
 
 def cropped_batches(
