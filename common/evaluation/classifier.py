@@ -14,6 +14,7 @@ from common.runtime.errors import StopRequested, UserError, require
 from common.runtime.ranks import Ranks, unwrap
 from common.runtime.seeding import epoch_order, generator_for
 from common.training.checkpoint import Checkpoints, differences, restore
+from common.training.config_json import with_newer
 from common.training.meter import Meter
 from common.training.signals import StopFlag
 
@@ -106,6 +107,7 @@ def train_classifier(
     epochs: int,
     *,
     identity: Mapping[str, Any],
+    defaults: Mapping[str, Any],
     checkpoints: Checkpoints,
     ranks: Ranks,
     stop: StopFlag,
@@ -121,6 +123,7 @@ def train_classifier(
         rate: the optimiser's learning rate in an epoch, counted from 0.
         identity: plain values, among them "backbone" and "epochs"; a checkpoint with another
             identity is not continued.
+        defaults: of values in `identity` that an older version's checkpoint may lack.
         way_out: what a user can do about a loss that is not finite.
 
     Raises:
@@ -135,6 +138,8 @@ def train_classifier(
         f"not every process finds the same {checkpoints.last}; put it on a file system that all "
         "machines share",
     )
+    if state is not None:
+        state["identity"] = with_newer(state["identity"], identity, defaults)
     if state is not None and state["identity"] != identity:
         _require_finished(state, identity, checkpoints)
     elif state is not None:

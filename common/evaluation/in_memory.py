@@ -20,6 +20,7 @@ from common.runtime.precision import autocast
 from common.runtime.ranks import Ranks, send
 from common.runtime.seeding import generator_for
 from common.training.checkpoint import Checkpoints
+from common.training.config_json import defaults_of
 from common.training.signals import StopFlag
 from common.training.training import Training
 
@@ -99,6 +100,7 @@ def linear_accuracy(
         rate,
         protocol.epochs,
         identity={"backbone": stamp, **asdict(protocol)},
+        defaults=defaults_of(protocol),
         checkpoints=checkpoints,
         ranks=ranks,
         stop=stop,

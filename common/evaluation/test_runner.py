@@ -28,7 +28,7 @@ from common.runtime.precision import Precision, autocast
 from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
 from common.training.checkpoint import Checkpoints
-from common.training.config_json import MAY_CHANGE
+from common.training.config_json import MAY_CHANGE, defaults_of
 from common.training.larc import LARC
 from common.training.metrics import append_once
 from common.training.schedule import cosine
@@ -227,6 +227,7 @@ def fit(
         rate,
         config.epochs,
         identity={**settings, **identity},
+        defaults=defaults_of(config),
         checkpoints=Checkpoints(
             folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train a new one"
         ),

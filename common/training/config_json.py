@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from common.runtime.ranks import Ranks
 from common.runtime.repository import git_commit
 from common.training.checkpoint import differences
 from common.training.lock import NAME as LOCK_NAME
+
+Settings = Mapping[str, Any]  # plain values by name
 
 # Settings that do not change the experiment: where and how it runs, what is logged, how long it
 # runs. A run is not continued with any other setting changed.
@@ -43,30 +46,56 @@ MAY_CHANGE = frozenset(
 )
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """The default of each field of a dataclass that has one."""
+    return {one.name: one.default for one in fields(config) if one.default is not MISSING}
+
+
+def with_newer(saved: Settings, wanted: Settings, defaults: Settings) -> dict[str, Any]:
+    """Settings that an older version saved, with the default of each one that it did not know."""
+    newer = {name: defaults[name] for name in wanted.keys() & defaults if name not in saved}
+    return {**newer, **saved}
+
+
 def require_same_settings(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path
-) -> None:
+    saved: Settings, wanted: Settings, defaults: Settings, folder: Path
+) -> list[str]:
     """Refuse to continue a run as another experiment.
+
+    A setting that is newer than the run counts as its default. A setting that the scripts no longer
+    have is refused: nothing tells what it does now.
 
     Args:
         saved: the run's settings.
         wanted: the settings now.
+        defaults: of the settings now.
         folder: of the run, for the message.
+
+    Returns:
+        The settings that are newer than the run.
 
     Raises:
         UserError: naming each setting that differs and is not in `MAY_CHANGE`.
     """
-    changed = differences(
-        *(
-            {name: value for name, value in config.items() if name not in MAY_CHANGE}
-            for config in (saved, wanted)
-        )
+    whole = with_newer(saved, wanted, defaults)
+    newer = sorted(whole.keys() - saved)
+    then, now = (
+        {name: value for name, value in config.items() if name not in MAY_CHANGE}
+        for config in (whole, wanted)
     )
+    changed = differences(then, now)
+    unlike = [name for name in newer if name in now and now[name] != then[name]]
+    if unlike:
+        changed += f"; the run is older than {', '.join(unlike)}: only the defaults continue it"
+    way_out = "Repeat its settings to continue it"
+    if then.keys() - now:
+        way_out = "Continue it with the version that began it (config.json has the commit)"
     require(
         not changed,
-        f"{folder} holds a run with other settings: {changed}. Repeat its settings to continue "
-        "it, choose another --run-dir, or start a new run with --fresh (nothing is deleted)",
+        f"{folder} holds a run with other settings: {changed}. {way_out}, choose another "
+        "--run-dir, or start a new run with --fresh (nothing is deleted)",
     )
+    return newer
 
 
 def read_starts(path: Path) -> list[dict[str, Any]] | None:

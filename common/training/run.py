@@ -18,6 +18,7 @@ from common.runtime.errors import require
 from common.runtime.precision import Precision, autocast
 from common.runtime.repository import REPOSITORY
 from common.training.checkpoint import Stateful
+from common.training.config_json import defaults_of
 from common.training.run_folder import RunLog
 from common.training.settings import check_settings
 from common.training.training import Training, TrainingConfig
@@ -65,7 +66,8 @@ class Run:
         )
         default = REPOSITORY / "runs" / experiment / f"{config.regime}-seed{config.seed}"
         folder = Path(config.run_dir or default)
-        self.log = RunLog(folder, asdict(config), config.fresh, self.ranks)
+        settings = (asdict(config), defaults_of(config))
+        self.log = RunLog(folder, *settings, config.fresh, self.ranks)
         self.saved: dict[str, Any] | None = self.log.load_checkpoint()
 
     def wrap(self, network: nn.Module, *, sync_batch_norm: bool = True) -> nn.Module:

@@ -21,6 +21,7 @@ from common.training.best import best_accuracy
 from common.training.board import Board
 from common.training.checkpoint import Checkpoints, on_cpu, serialise
 from common.training.config_json import (
+    Settings,
     is_empty,
     read_starts,
     require_run_or_empty,
@@ -40,6 +41,7 @@ class RunLog:
     Args:
         folder: made if it does not exist.
         config: the run's settings, plain values.
+        defaults: of the settings, for a run that an older version began.
         fresh: start a new run: `open` moves an earlier run's folder aside.
         ranks: this process's place.
 
@@ -48,10 +50,13 @@ class RunLog:
             it holds anything but a run.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], fresh: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, folder: Path, config: Settings, defaults: Settings, fresh: bool, ranks: Ranks
+    ) -> None:
         folder = folder.resolve()
         self.folder = folder
         self.config = dict(config)
+        self.defaults = defaults
         self.fresh = fresh
         self.ranks = ranks
         self.checkpoints = Checkpoints(folder)
@@ -111,7 +116,9 @@ class RunLog:
                         "another --run-dir, or start a new run with --fresh (nothing is deleted)"
                     )
             return None
-        require_same_settings(state["config"], self.config, self.folder)
+        newer = require_same_settings(state["config"], self.config, self.defaults, self.folder)
+        if newer:
+            self.tell(f"The run is older than these settings: {', '.join(newer)}")
         rows = state.get("metrics")
         self._saved_rows = rows if isinstance(rows, str) else None
         known = state["progress"].get("best_knn")

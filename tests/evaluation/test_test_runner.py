@@ -324,6 +324,22 @@ def evaluate(folder: Path, weights: Path, run_dir: Path, **settings: object) -> 
     linear_evaluation.main(Config(**{**values, **settings}))
 
 
+def test_a_classifier_that_an_older_version_began(
+    folder: Path, weights: Path, whole: Path, tmp_path: Path
+) -> None:
+    """It did not know --momentum."""
+    unfinished = {**state(whole, "linear_last.pt"), "epoch": 1}
+    del unfinished["identity"]["momentum"]
+    torch.save(unfinished, tmp_path / "linear_last.pt")
+    with pytest.raises(UserError, match=r"settings: momentum was 0\.9, now 0\.5\. Repeat"):
+        evaluate(folder, weights, tmp_path, momentum=0.5)
+    evaluate(folder, weights, tmp_path)
+    continued = state(tmp_path, "linear_last.pt")
+    assert continued["epoch"] == EPOCHS
+    # The second epoch was trained, on the finished weights that the file has.
+    assert not torch.equal(continued["classifier"]["weight"], trained(whole)["weight"])
+
+
 def test_another_data_set_of_the_same_numbers_trains_its_own_classifier(
     folder: Path, weights: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,42 @@ def test_max_steps_ends_within_an_epoch_and_more_go_on_from_there(
     run(command(folder, run_dir))
     assert metrics(run_dir) == metrics(whole_run)
     assert_equal(state(run_dir)["model"], state(whole_run)["model"], "last.pt")
+
+
+def test_a_run_that_an_older_version_began(
+    whole_run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It did not know --reverse-weight, and had a setting that is gone."""
+    run_dir = tmp_path / "run"
+    known = {name.replace("-", "_"): value for name, value in SMALL.items()}
+    places = {"data_root": str(folder), "run_dir": str(run_dir)}
+    quick = {"precision": "fp32", "linear_epochs": 0, "knn_every": 0, "checkpoint_minutes": 9}
+    config = Config(**{**known, **places, **quick})
+    torch.set_num_threads(1)
+    main(replace(config, max_steps=7))
+    saved = state(run_dir)
+    del saved["config"]["reverse_weight"]
+    torch.save({**saved, "config": {**saved["config"], "tokens": 3}}, run_dir / "last.pt")
+    settings = json.loads((run_dir / "config.json").read_text())
+    del settings["config"]["reverse_weight"]
+    (run_dir / "config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(UserError) as gone:
+        main(config)
+    assert "other settings: it has the settings tokens. Continue it with the ver" in str(gone.value)
+    torch.save(saved, run_dir / "last.pt")
+    with pytest.raises(UserError) as unlike:
+        main(replace(config, reverse_weight=0.3))
+    assert (
+        "other settings: reverse_weight was 0.1, now 0.3; the run is older than reverse_weight: "
+        "only the defaults continue it. Repeat"
+    ) in str(unlike.value)
+    capsys.readouterr()
+    main(config)
+    assert "The run is older than these settings: reverse_weight\n" in capsys.readouterr().out
+    for name in ("model", "optimiser"):
+        assert_equal(state(run_dir)[name], state(whole_run)[name], name)
+    assert state(run_dir)["config"]["reverse_weight"] == 0.1
 
 
 @pytest.mark.parametrize("regime", ["baseline", "joint"])

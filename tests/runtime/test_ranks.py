@@ -173,7 +173,7 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
     only_first = None if rank else same
     result["agree"] = [ranks.agree(state) for state in (None, same, other, only_first)]
     # Folders of its own for each rank, as on machines without a common file system.
-    log = RunLog(folder / f"run{rank}", {}, False, ranks)
+    log = RunLog(folder / f"run{rank}", {}, {}, False, ranks)
     if ranks.is_main:
         log.checkpoints.save({"config": {}, "metrics_bytes": 0, "progress": {"epoch": 50}})
     result["folder"] = str(log.folder)

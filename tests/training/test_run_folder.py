@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 def open_log(
     folder: Path, config: Mapping[str, Any] | None = None, fresh: bool = False, ranks: Ranks = ALONE
 ) -> RunLog:
-    return RunLog(folder, SETTINGS if config is None else config, fresh, ranks)
+    return RunLog(folder, SETTINGS if config is None else config, SETTINGS, fresh, ranks)
 
 
 def at(epoch: int) -> dict[str, Any]:
@@ -410,7 +410,8 @@ def test_every_changed_setting_is_named(folder: Path) -> None:
     message = refusal(folder, {**SETTINGS, "seed": 5, "epochs": 200, "device": "cuda"})
     assert "settings: epochs was 800, now 200; seed was 0, now 5. " in message
     older = {name: value for name, value in SETTINGS.items() if name != "reverse_weight"}
-    assert "settings: it has the settings reverse_weight. " in refusal(folder, older)
+    message = refusal(folder, older)
+    assert "settings: it has the settings reverse_weight. Continue it with the version " in message
 
 
 def test_the_same_settings_continue(folder: Path) -> None:
