@@ -85,21 +85,21 @@ def joined_features(
         On the first rank features float32 `[n, feature_dim]`, and int64 `[n]`: the photograph that
         each is of, in order. With `skip_broken` broken files are left out. On other ranks nothing.
     """
-    features = torch.empty(len(views) if ranks.is_main else 0, feature_dim)
-    done = [torch.empty(0, dtype=torch.int64)]
+    # Filled in place: small tensors kept from each batch would cut up the memory that it frees.
+    total = len(views) if ranks.is_main else 0
+    features, is_done = torch.empty(total, feature_dim), torch.zeros(total, dtype=torch.bool)
     count = first = 0
     for batch in feature_batches(views, encode, feature_dim, loading, ranks, stop):
-        together = min(len(views) - first, EVALUATION_BATCH * ranks.world_size)
-        rows = ranks.gather(batch.features, together).cpu()
-        used = ranks.gather(batch.used.to(ranks.device), together).cpu()
+        end = min(len(views), first + EVALUATION_BATCH * ranks.world_size)
+        rows = ranks.gather(batch.features, end - first).cpu()
+        used = ranks.gather(batch.used.to(ranks.device), end - first).cpu()
         if ranks.is_main:
-            expected = torch.arange(first, first + together)
-            own = used == expected  # others are of the next file in place of a broken one
+            own = used == torch.arange(first, end)  # not of the next file after a broken one
+            is_done[first:end] = own
             features[count : count + int(own.sum())] = rows[own]
             count += int(own.sum())
-            done.append(expected[own])
-        first += together
-    return features[:count], torch.cat(done)
+        first = end
+    return features[:count], is_done.nonzero().flatten()
 
 
 class FeatureBatch(NamedTuple):
