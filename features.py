@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from common.augment import cifar10, imagenet
+from common.data.in_memory import load_images
 from common.data.listing import first_of
 from common.data.loader import Loading
 from common.data.photographs import CentreCrops, PhotographSet, Squares, find_photographs
@@ -42,6 +43,7 @@ from common.runtime.errors import UserError, require
 from common.runtime.files import whole_file
 from common.runtime.output import say
 from common.runtime.precision import Precision, autocast
+from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
 from common.runtime.script import run_script
 from common.training.settings import Pixels, Seed, Workers, check_settings
@@ -53,9 +55,9 @@ class Config:
     pretrained: str  # last.pt or backbone.pt of a run, or a ResNet of another project
     output: str  # the .npz file to write; a file that exists is not overwritten
     # data
-    dataset: Literal["folder", "shapes"] = "folder"  # photographs, or generated shapes for a try
+    dataset: Literal["folder", "cifar10", "shapes"] = "folder"  # shapes are generated, for a try
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # images in any folders
-    split: Literal["train", "val"] = "train"  # train: all images, where there is no train/
+    split: Literal["train", "val"] = "train"  # of a folder without train/ train is all images
     image_size: Pixels = 224  # pixels; a backbone for 32-px images takes 32
     workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     skip_broken: bool = False  # leave out files that cannot be decoded
@@ -84,8 +86,7 @@ def main(config: Config) -> None:
         config.image_size in (size, Config.image_size),
         f"{config.pretrained} takes images of {size} px: leave out --image-size",
     )
-    source = (config.dataset, config.data_root, size, config.seed, 1, config.split)
-    found = find_photographs(*source, ranks)
+    found = find_images(config, size, ranks)
     require_room(output.parent, len(found.photographs) * backbone.feature_dim * 4)
 
     @torch.no_grad()
@@ -103,6 +104,18 @@ def main(config: Config) -> None:
     if ranks.is_main:
         write(output, features, done.tolist(), found)
     launch.finish()
+
+
+def find_images(config: Config, size: int, ranks: Ranks) -> PhotographSet:
+    """The images of a split; those of CIFAR-10 are numbered, since they have no names."""
+    source = (config.dataset, config.data_root)
+    if config.dataset != "cifar10":
+        return find_photographs(*source, size, config.seed, 1, config.split, ranks)
+    train, test = load_images(*source, cifar10.IMAGE_SIZE, config.seed, False, 1, ranks)
+    chosen = train if config.split == "train" else test
+    names = [f"{config.split} {index}" for index in range(len(chosen))]
+    labelled = (list(chosen.images), chosen.labels.tolist(), chosen.class_names)
+    return PhotographSet(*labelled, chosen.fingerprint, names=names)
 
 
 def require_free(output: Path) -> None:

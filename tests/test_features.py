@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 import features
+from common.augment.cifar10 import centre_view, normalised
+from common.data.in_memory import ImageSet, Split
 from common.data.shapes import CLASS_NAMES, shapes
 from common.evaluation import feature_batches
 from common.networks.resnet import CifarResNet
@@ -227,3 +229,20 @@ def test_another_split(folder: Path, weights: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "val.npz")
     assert file["paths"].tolist() == ["b\udcff/x.jpg"]
     assert (file["labels"].tolist(), file["class_names"].tolist()) == ([0], ["b\udcff"])
+
+
+def test_cifar10(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = shapes(7, 32, seed=1)
+    test = ImageSet(images, labels, CLASS_NAMES, "7 images, checksum 00000000")
+    train = ImageSet(images[:0], labels[:0], CLASS_NAMES)
+    monkeypatch.setattr(features, "load_images", lambda *source: Split(train, test))
+    network = CifarResNet("resnet10", width=8).eval()
+    torch.save(network.state_dict(), tmp_path / "backbone.pt")
+    options = {"dataset": "cifar10", "split": "val", "image_size": 32}
+    features.main(settings(tmp_path, tmp_path / "backbone.pt", tmp_path / "new.npz", **options))
+    file = written(tmp_path / "new.npz")
+    assert file["paths"].tolist() == [f"val {index}" for index in range(7)]
+    assert file["labels"].tolist() == labels.tolist()
+    with torch.no_grad():
+        expected = network(normalised(centre_view(images)))
+    assert torch.allclose(torch.from_numpy(file["features"]), expected, rtol=1e-4, atol=1e-6)
