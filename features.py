@@ -81,6 +81,7 @@ def main(config: Config) -> None:
     )
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last).eval()
     is_small = isinstance(backbone, CifarResNet)
+    require(is_small or not config.stem_stride, "--stem-stride is of backbones for 32-px images")
     size = cifar10.IMAGE_SIZE if is_small else config.image_size
     require(
         config.image_size in (size, Config.image_size),
@@ -107,15 +108,17 @@ def main(config: Config) -> None:
 
 
 def find_images(config: Config, size: int, ranks: Ranks) -> PhotographSet:
-    """The images of a split; those of CIFAR-10 are numbered, since they have no names."""
+    """The images of a split; without file names they are numbered."""
     source = (config.dataset, config.data_root)
-    if config.dataset != "cifar10":
-        return find_photographs(*source, size, config.seed, 1, config.split, ranks)
-    train, test = load_images(*source, cifar10.IMAGE_SIZE, config.seed, False, 1, ranks)
-    chosen = train if config.split == "train" else test
-    names = [f"{config.split} {index}" for index in range(len(chosen))]
-    labelled = (list(chosen.images), chosen.labels.tolist(), chosen.class_names)
-    return PhotographSet(*labelled, chosen.fingerprint, names=names)
+    if config.dataset == "cifar10":
+        train, test = load_images(*source, cifar10.IMAGE_SIZE, config.seed, False, 1, ranks)
+        images = train if config.split == "train" else test
+        labels = images.labels.tolist()
+        found = PhotographSet(list(images.images), labels, images.class_names, images.fingerprint)
+    else:
+        found = find_photographs(*source, size, config.seed, 1, config.split, ranks)
+    numbered = [f"{config.split} {index}" for index in range(len(found.photographs))]
+    return found._replace(names=found.names or numbered)
 
 
 def require_free(output: Path) -> None:

@@ -43,7 +43,7 @@ class PhotographSet(NamedTuple):
     class_names: tuple[str, ...]
     fingerprint: str  # number and checksum of the relative names
     stray: str = ""  # without labels: an image that is in no class folder
-    names: Sequence[str] = ()  # of the photographs, relative to the split's folder
+    names: Sequence[str] = ()  # of files, relative to the split's folder
 
 
 class Item(NamedTuple):
@@ -99,8 +99,7 @@ def find_photographs(
         require_batch(SPLITS[split], at_least, dataset)
         images, labels = shapes_split(split, image_size, seed)
         names = [f"{dataset} {split} {seed} {index}" for index in range(len(images))]
-        found = fingerprint(names)
-        return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, found, names=names)
+        return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, fingerprint(names))
     listing = find_split(Path(data_root), split, ranks, at_least)
     found = fingerprint(listing.names)
     require_same_images(found, data_root, ranks)

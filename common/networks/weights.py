@@ -204,7 +204,7 @@ def _misfit(
         first = wrong[0]
         shapes = f"{first} has the shape {[*own[first]]} in place of {[*wanted[first]]}"
         reasons.append(f"{len(wrong)} shapes differ ({shapes})")
-    return text + "; ".join(reasons)
+    return f"{text}{'; '.join(reasons)}. Known ResNets: {', '.join(get_args(Depth))}"
 
 
 def _first_of(names: Iterable[str]) -> str:
