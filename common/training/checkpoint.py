@@ -53,7 +53,7 @@ def read_checkpoint(path: Path, *, with_objects: bool = False) -> dict[str, Any]
 
     Args:
         with_objects: accept a file that also holds objects of any classes, such as the settings of
-            another program; each of them is read as a dictionary. Not in the format before 1.6.
+            another program; what is read in their place has no use. Not in the format before 1.6.
 
     Raises:
         UserError: if the file is missing, damaged or holds anything else; it is named.
@@ -81,10 +81,15 @@ def _read(path: Path, *, with_objects: bool = False) -> object:
 
 
 class _StandIn:
-    """In place of a class or function that a file names: calling it gives a dictionary."""
+    """In place of a class or function that a file names: calling it gives an object without use."""
 
-    def __new__(cls, *arguments: object) -> OrderedDict:
+    def __new__(cls, *arguments: object) -> object:
+        if cls.__module__.partition(".")[0] == "numpy":  # the state of its objects is a tuple
+            return super().__new__(cls)
         return OrderedDict()  # the one kind that torch's safe reader lets have items and attributes
+
+    def __setstate__(self, state: object) -> None:
+        """Drop it."""
 
 
 def _stand_ins(path: Path) -> AbstractContextManager:

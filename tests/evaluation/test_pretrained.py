@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -35,7 +36,7 @@ def test_settings_of_any_class_beside_weights(
         "student": {f"module.backbone.{name}": value for name, value in weights(1).items()},
         "args": argparse.Namespace(lr=0.1, output_dir=Path("runs")),  # as DINO
         "hyper_parameters": settings,
-        "callbacks": {Path: {"best": 1}},
+        "callbacks": {Path: {"best": numpy.float64(81.5), "curve": numpy.arange(3.0)}},
     }
     torch.save(content, tmp_path / "weights.ckpt")
     found = load_backbone(tmp_path / "weights.ckpt", "resnet18").state_dict()
