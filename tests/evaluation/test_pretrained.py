@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def test_code_beside_weights_is_not_run(tmp_path: Path) -> None:
     proof.unlink()
     assert torch.equal(load_backbone(file).conv1.weight, weights()["conv1.weight"])
     assert not proof.exists()
+    # No stand-in takes the state of a partial function.
+    torch.save({"state_dict": weights(), "callback": partial(print, 1)}, file)
+    with pytest.raises(UserError, match=r"plain values, functools\.partial, .* state dict alone"):
+        load_backbone(file)
     # Torch names no classes of a file in its old format: it is refused.
     torch.save(
         {"state_dict": weights(), "callback": Harmful(proof)},
