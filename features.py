@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from common.augment import cifar10, imagenet
-from common.data.in_memory import load_images
+from common.data.in_memory import CIFAR, load_images
 from common.data.listing import first_of
 from common.data.loader import Loading
 from common.data.photographs import CentreCrops, PhotographSet, Squares, find_photographs
@@ -55,7 +55,7 @@ class Config:
     pretrained: str  # last.pt or backbone.pt of a run, or a ResNet of another project
     output: str  # the .npz file to write; a file that exists is not overwritten
     # data
-    dataset: Literal["folder", "cifar10", "shapes"] = "folder"  # shapes are generated, for a try
+    dataset: Literal["folder", "stl10", "cifar10", "cifar100", "shapes"] = "folder"
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # images in any folders
     split: Literal["train", "val"] = "train"  # of a folder without train/ train is all images
     image_size: Pixels = 224  # pixels; a backbone for 32-px images takes 32
@@ -110,7 +110,7 @@ def main(config: Config) -> None:
 def find_images(config: Config, size: int, ranks: Ranks) -> PhotographSet:
     """The images of a split; without file names they are numbered."""
     source = (config.dataset, config.data_root)
-    if config.dataset == "cifar10":
+    if config.dataset in CIFAR:
         train, test = load_images(*source, cifar10.IMAGE_SIZE, config.seed, False, 1, ranks)
         images = train if config.split == "train" else test
         labels = images.labels.tolist()
