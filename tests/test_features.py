@@ -13,6 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.datasets import STL10
 from torchvision.transforms.v2 import functional as transforms
 
 import features
@@ -24,6 +25,7 @@ from common.networks.resnet import CifarResNet
 from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from processes import files, in_child, limit_files_to, on_two_ranks
+from published_files import forbid_downloads, put_stl10
 
 SIZE, BROKEN = 28, 5  # 28 is cut out of 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -248,3 +250,17 @@ def test_cifar10(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         expected = network(normalised(centre_view(images)))
     assert torch.allclose(torch.from_numpy(file["features"]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_stl10(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_stl10(tmp_path, monkeypatch)
+    forbid_downloads(monkeypatch, AssertionError("everything is there"))
+    options = {"dataset": "stl10", "split": "val"}
+    features.main(settings(tmp_path, weights, tmp_path / "new.npz", **options))
+    file = written(tmp_path / "new.npz")
+    assert file["labels"].tolist() == [0, 3, 6, 9, 2]
+    assert file["paths"].tolist() == [f"val {index}" for index in range(5)]
+    pictures = [image for image, _ in STL10(str(tmp_path), "test")]
+    with torch.no_grad():
+        expected = torchvision_s()(torch.stack([evaluation_view(image) for image in pictures]))
+    assert torch.allclose(torch.from_numpy(file["features"]), expected, rtol=1e-4, atol=1e-5)
