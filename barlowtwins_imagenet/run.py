@@ -71,7 +71,8 @@ from common.views import Regime, ViewMaker
 class Config:
     # data
     dataset: Dataset = "folder"  # photographs, stl10 at --image-size 96, or generated shapes
-    data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, photographs, STL-10
+    data_root: str = str(REPOSITORY / "data" / "imagenet")  # folder or zip of photographs; STL-10
+    classes: str = ""  # a file of the classes to use, one a line; default: all
     image_size: Pixels = 224  # of a view
     workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     prefetch: Positive = 4  # batches that each worker keeps ready
@@ -117,7 +118,7 @@ def main(config: Config) -> None:
 
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)
-    found = find_photographs(*source, "pretraining", run.ranks)
+    found = find_photographs(*source, "pretraining", run.ranks, config.classes)
     size = (config.image_size, CROP_SCALE)
     crops = RandomCrops(found.photographs, 2, *size, config.seed)
     loading = Loading(config.workers, config.prefetch, config.pin_memory, config.skip_broken)

@@ -19,7 +19,7 @@ from PIL import Image
 import byol_harder_aug_imagenet.augmentation
 import other_libraries
 from common.augment.imagenet import CROP_SCALE
-from common.data.listing import list_images
+from common.data.folder import list_images
 from common.data.photographs import RandomCrops, stack
 from common.runtime.memory import keep_freed_memory
 from contest import Options, compare

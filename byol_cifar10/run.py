@@ -65,7 +65,7 @@ from common.views import Regime, ViewMaker
 class Config:
     # data
     dataset: Dataset = "cifar10"  # cifar10, cifar100, a folder of images, or generated shapes
-    data_root: str = str(REPOSITORY / "data")  # of CIFAR (downloaded if absent), or the folder
+    data_root: str = str(REPOSITORY / "data")  # of CIFAR (downloaded if absent); a folder or zip
     skip_broken: bool = False  # leave out image files that cannot be decoded
     # views
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1

@@ -6,6 +6,7 @@ import io
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ try:
 except ImportError:  # torchvision announces a release without it; Pillow then decodes all
     decode_image = None
 
+if TYPE_CHECKING:
+    from common.data.archive import Entry
+
 BITS_PER_SAMPLE = 258  # a tag of the TIFF format
 
 
-def shown(path: Path | str) -> str:
+def shown(path: os.PathLike[str] | str) -> str:
     """A path or name for a message: bytes that are not UTF-8 are written as `\\x..`."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
@@ -29,19 +33,22 @@ class BrokenFile(Exception):  # noqa: N818 (the file is what is wrong)
     """An image file that cannot be decoded; the message names it and says why."""
 
 
-def decode(path: Path) -> Tensor:
-    """Decode an image file to RGB, uint8 `[3, H, W]`, the channels last in memory.
+def decode(file: Path | Entry) -> Tensor:
+    """Decode an image file, on disk or in an archive, to RGB.
 
     JPEGs are decoded by torchvision and all else by Pillow, whose values torchvision's equal.
     16-bit values are scaled to 8 bits, transparency is dropped, and the orientation that a
     camera noted (EXIF) is ignored.
+
+    Returns:
+        uint8 `[3, H, W]`, the channels last in memory.
 
     Raises:
         BrokenFile: if the file is missing or damaged, has more pixels than Pillow accepts (about
             179 million; nothing is decoded then), or pixel values of neither 8 nor 16 bits.
     """
     try:
-        content = np.fromfile(path, np.uint8)
+        content = np.fromfile(file, np.uint8) if isinstance(file, Path) else file.read()
         with Image.open(io.BytesIO(content)) as source:  # reads the header only
             # torchvision's PNG decoder crashes on damaged files, its GIF decoder accepts some.
             if source.format == "JPEG" and decode_image is not None:
@@ -52,11 +59,11 @@ def decode(path: Path) -> Tensor:
         raise
     except UnidentifiedImageError:
         raise BrokenFile(
-            f"{shown(path)} cannot be decoded (not an image of a known kind)"
+            f"{shown(file)} cannot be decoded (not an image of a known kind)"
         ) from None
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         reason = str(error) or type(error).__name__
-        raise BrokenFile(f"{shown(path)} cannot be decoded ({reason})") from error
+        raise BrokenFile(f"{shown(file)} cannot be decoded ({reason})") from error
 
 
 def _to_rgb(source: Image.Image) -> Image.Image:
@@ -75,13 +82,13 @@ def _to_rgb(source: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_square(path: Path, size: int) -> Tensor:
+def decode_square(file: Path | Entry, size: int) -> Tensor:
     """Decode an image file to RGB, uint8 `[3, size, size]`, as `square` makes it.
 
     Raises:
         BrokenFile: as `decode`.
     """
-    return square(decode(path), size)
+    return square(decode(file), size)
 
 
 def square(pixels: Tensor, size: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,14 @@ from tqdm import tqdm
 from common.data.decoding import BrokenFile, decode_square, shown
 from common.data.download import download
 from common.data.fingerprint import fingerprint, require_same_images
-from common.data.listing import Listing, find_split, first_of, renumber, require_batch
+from common.data.listing import (
+    Listing,
+    find_split,
+    first_of,
+    has_folder,
+    renumber,
+    require_batch,
+)
 from common.data.shapes import CLASS_NAMES, shapes_split
 from common.runtime.cores import usable_cores
 from common.runtime.errors import UserError
@@ -126,7 +132,7 @@ def load_cifar(dataset: Dataset, data_root: str, image_size: int, ranks: Ranks) 
 def load_folder(
     root: str, image_size: int, skip_broken: bool, at_least: int, ranks: Ranks
 ) -> Split:
-    """Decode a folder of images once, into memory.
+    """Decode a folder or zip archive of images once, into memory.
 
     With `train/<class>/*` and `val/<class>/*` the set is labelled. Anything else counts as images
     without labels: those under `train/` if there is one, otherwise all under `root`.
@@ -138,8 +144,8 @@ def load_folder(
     """
     train = find_split(Path(root), "train", ranks, at_least)
     test = None
-    reason = f"there is no train/ folder in {shown(root)}"
-    if train.folder != Path(root):
+    reason = f"there is no train/ folder in {shown(train.folder)}"
+    if not train.is_whole:
         reason = f"{shown(train.stray)} is in no class folder of {shown(train.folder)}"
         if train.class_names:
             test, reason = _find_test(Path(root), ranks)
@@ -150,7 +156,7 @@ def load_folder(
         print(f"No labelled evaluation (kNN, linear): {reason}.")
 
     train_set = _decode(train, image_size, skip_broken, ranks)
-    if train.folder == Path(root):
+    if train.is_whole:
         train_set = replace(train_set, labels=None, class_names=())
     require_same_images(train_set.fingerprint, root, ranks)
     if test is None:
@@ -163,7 +169,7 @@ def load_folder(
 
 def _find_test(root: Path, ranks: Ranks) -> tuple[Listing | None, str]:
     """The labelled images of `val/`, or why there are none."""
-    if not any(entry.is_dir() and entry.name.lower() == "val" for entry in os.scandir(root)):
+    if not has_folder(root, "val"):
         return None, f"{shown(root)} has no val/<class>/ folders"
     test = find_split(root, "val", ranks)
     if test.stray:

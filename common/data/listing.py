@@ -1,59 +1,38 @@
-"""Which image files a folder holds, which it does not use, and the classes of its folders."""
+"""Which images a split of a data set has, on disk or in an archive, and their classes."""
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from common.data.archive import Archive, ArchiveFolder, Entries
 from common.data.decoding import shown
-from common.runtime.errors import UserError
+from common.data.folder import Files, Folder
+from common.runtime.errors import UserError, require
 from common.runtime.ranks import Ranks
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 EVALUATION_SPLITS = ("val", "valid", "validation", "test")
 NAMED = 3  # files that a message names; it counts the others
 
-LeftOut = dict[str, list[str]]  # reason to names
-
-
-class Files(Sequence[Path]):
-    """Paths in one block of memory.
-
-    A million Python objects would be copied into every loader process, half a gigabyte each: a
-    process that only reads an object changes its reference count.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder = folder
-        self.names = np.array([os.fsencode(name) for name in names])
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Path:
-        return self.folder / os.fsdecode(self.names[index])
-
 
 class Listing(NamedTuple):
-    """The image files of a folder, and the number of each one's class.
+    """The image files of a split, and the number of each one's class.
 
     Where an image is in no class folder (`stray` names the first), there are no labels.
     """
 
     folder: Path
+    is_whole: bool  # the folder is the data set's own, not its train/ or val/
+    files: Files | Entries
     names: list[str]  # relative to the folder, sorted
     labels: list[int]
     class_names: tuple[str, ...]
     stray: str
-
-    @property
-    def files(self) -> Files:
-        """Their paths."""
-        return Files(self.folder, self.names)
 
 
 def require_batch(count: int, at_least: int, source: str) -> None:
@@ -70,53 +49,122 @@ def first_of(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:NAMED])) + (", …" if len(names) > NAMED else "")
 
 
-def find_split(root: Path, split: str, ranks: Ranks, at_least: int = 1) -> Listing:
+def open_root(root: Path) -> Folder | ArchiveFolder:
+    """The folder of images that `--data-root` names.
+
+    It may be a zip archive, or a folder in one, such as `X.zip/a`. Where one folder at the top of
+    an archive has all of its images, it is that folder: most programs pack a folder with its name.
+
+    Raises:
+        UserError: if a file is not a complete zip archive.
+    """
+    for path in (root, *root.parents):
+        if path.is_file():
+            archive = Archive(path)
+            if root != path:
+                return archive.folder(root.relative_to(path).as_posix())
+            top = archive.top()
+            return archive.folder("" if top.lower() in ("train", *EVALUATION_SPLITS) else top)
+    return Folder(root)
+
+
+def has_folder(root: Path, name: str) -> bool:
+    """Whether `--data-root` has a folder of this name, in any capitals."""
+    opened = open_root(root)
+    return opened.exists() and name in (folder.lower() for folder in opened.folders())
+
+
+def find_split(
+    root: Path, split: str, ranks: Ranks, at_least: int = 1, classes: str = ""
+) -> Listing:
     """List a split of an image folder, and print once what was found and what was left out.
 
     Args:
-        root: holds `<split>/`; where it has no `train/`, all its images are the training split.
+        root: a folder or an archive, as of `open_root`. It holds `<split>/`; where it has no
+            `train/`, all its images are the training split.
         split: "train" or "val".
         at_least: how many images are needed.
+        classes: a file of the classes that are used, as of `read_classes`; "": all.
 
     Raises:
-        UserError: if the folder is missing or has too few images, or if its folders look like
-            those of another layout, whose validation images would be trained on.
+        UserError: if the folder is missing or has too few images, if its folders look like those
+            of another layout, whose validation images would be trained on, or if it does not have
+            the classes.
     """
-    folder = _split_folder(root, split)
-    names, left_out = walk(folder)
-    reasons = [f"{len(some)} {reason} ({first_of(some)})" for reason, some in left_out.items()]
+    only = read_classes(Path(classes)) if classes else None
+    opened = open_root(root)
+    folder = _split_folder(opened, split)
+    found = folder.find(only)
+    names, where = found.names, shown(folder.path)
+    listing = Listing(
+        folder.path, folder is opened, folder.files(names), names, *label_by_folder(names)
+    )
+    reasons = [f"{len(some)} {why} ({first_of(some)})" for why, some in found.left_out.items()]
+    if only is not None:
+        require(
+            not listing.stray,
+            f"--classes {shown(classes)} needs images in class folders, and {where} has "
+            f"{shown(listing.stray)}",
+        )
+        missing = sorted(only.difference(listing.class_names))
+        require(
+            not missing,
+            f"{where} has no images of {len(missing)} of the classes in {shown(classes)}: "
+            f"{first_of(missing)}",
+        )
     if not names:
         also = f", but {'; '.join(reasons)}" if reasons else ""
-        raise UserError(f"--data-root {shown(root)}: no images in {shown(folder)}{also}")
-    if folder == root:
-        _refuse_splits_further_down(root, names)
-    require_batch(len(names), at_least, shown(folder))
-    listing = Listing(folder, names, *label_by_folder(names))
+        raise UserError(f"--data-root {shown(root)}: no images in {where}{also}")
+    if listing.is_whole:
+        _refuse_splits_further_down(folder.path, names)
+    require_batch(len(names), at_least, where)
     if ranks.is_main:
         kind = "without classes"
         if listing.class_names:
             kind = f"of {len(listing.class_names)} class{'es' * (len(listing.class_names) > 1)}"
-        print(f"Found {len(names)} images {kind} in {shown(folder)}.")
+        print(f"Found {len(names)} images {kind} in {where}.")
         for reason in reasons:
             print(f"  Not used: {reason}.")
     return listing
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    if not root.is_dir():
-        raise UserError(f"--data-root {shown(root)}: no such folder")
-    if (root / split).is_dir():
-        return root / split
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+def read_classes(path: Path) -> frozenset[str]:
+    """The names of class folders in a text file, one a line.
+
+    Empty lines do not count, nor what follows a "#" at the start of a line or after a space.
+
+    Raises:
+        UserError: if the file cannot be read, names no class, or one twice.
+    """
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UserError(f"--classes {shown(path)} cannot be read ({error.strerror})") from error
+    lines = [
+        re.split(r"(?:^|\s)#", line, maxsplit=1)[0] for line in os.fsdecode(content).split("\n")
+    ]
+    names = [line.strip() for line in lines if line.strip()]
+    require(bool(names), f"--classes {shown(path)} names no class; write one a line")
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    require(not twice, f"--classes {shown(path)} names a class twice: {first_of(twice)}")
+    return frozenset(names)
+
+
+def _split_folder(root: Folder | ArchiveFolder, split: str) -> Folder | ArchiveFolder:
+    where = shown(root.path)
+    require(root.exists(), f"--data-root {where}: no such folder")
+    folders = root.folders()
+    if split in folders:
+        return root.folder(split)
     for name in folders:
         if name.lower() == split:
-            raise UserError(f"{shown(root)} holds {shown(name)}/; rename it to {split}/")
+            raise UserError(f"{where} holds {shown(name)}/; rename it to {split}/")
     if split != "train":
-        raise UserError(f"{shown(root)} has no {split}/ folder")
+        raise UserError(f"{where} has no {split}/ folder")
     for name in folders:
         if name.lower() in EVALUATION_SPLITS:
             raise UserError(
-                f"{shown(root)} holds {shown(name)}/ but no train/, so that these images would be "
+                f"{where} holds {shown(name)}/ but no train/, so that these images would be "
                 "trained on; name the folder of training images train/, or give --data-root a "
                 "folder that holds nothing else"
             )
@@ -136,57 +184,6 @@ def _refuse_splits_further_down(root: Path, names: Sequence[str]) -> None:
             f"{shown(root)} holds the splits in {shown(parent)}/; give "
             f"--data-root {shown(root / parent)}"
         )
-
-
-def walk(folder: Path) -> tuple[list[str], LeftOut]:
-    """All image files below a folder, and what was left out; both in a fixed order.
-
-    An image file is a regular file, or a link to one, whose suffix is in `IMAGE_SUFFIXES` in any
-    capitals. Links to folders are followed, except to one that contains the link.
-
-    Returns:
-        Names relative to the folder, with "/", sorted folder by folder; and by reason the names
-        of what is not an image or cannot be read.
-    """
-    found: list[str] = []
-    left_out: LeftOut = {}
-
-    def leave_out(reason: str, name: str) -> None:
-        left_out.setdefault(reason, []).append(name)
-
-    def visit(path: str, prefix: str, above: frozenset[str]) -> None:
-        real = os.path.realpath(path)
-        if real in above:
-            leave_out("links to a folder that contains them", prefix[:-1])
-            return
-        try:
-            with os.scandir(path) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
-        except OSError as error:
-            leave_out(f"folders that cannot be read: {error.strerror}", prefix[:-1])
-            return
-        for entry in entries:
-            name = prefix + entry.name
-            is_folder = entry.is_dir()
-            if entry.name.startswith("."):
-                if is_folder or entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    leave_out("hidden files and folders", name)
-            elif is_folder:
-                visit(entry.path, f"{name}/", above | {real})
-            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                leave_out("files of other kinds", name)
-            elif not entry.is_file():
-                leave_out("not regular files, or broken links", name)
-            else:
-                found.append(name)
-
-    visit(os.fspath(folder), "", frozenset())
-    return sorted(found, key=lambda name: name.split("/")), left_out
-
-
-def list_images(folder: Path) -> list[Path]:
-    """The paths of all image files below a folder, as `walk` finds them."""
-    return [folder / name for name in walk(folder)[0]]
 
 
 def label_by_folder(names: Sequence[str]) -> tuple[list[int], tuple[str, ...], str]:

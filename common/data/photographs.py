@@ -17,17 +17,18 @@ from torch.utils.data import get_worker_info
 
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
+from common.data.archive import Entry
 from common.data.decoding import BrokenFile, decode, square
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import find_split, require_batch
 from common.data.shapes import CLASS_NAMES, SPLITS, shapes_split
 from common.data.stl10 import find_stl10
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, require
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import generator_for
 
 Dataset = Literal["folder", "stl10", "shapes"]
-Photograph = Path | Tensor  # a file, or uint8 `[3, H, W]`
+Photograph = Path | Entry | Tensor  # a file on disk or in an archive, or uint8 `[3, H, W]`
 
 GIVE_UP_AFTER = 100  # broken files in a row: the disk may be gone
 
@@ -71,6 +72,7 @@ def find_photographs(
     at_least: int,
     split: str,
     ranks: Ranks,
+    classes: str = "",
 ) -> PhotographSet:
     """List a split of a data set; nothing is decoded yet.
 
@@ -78,14 +80,20 @@ def find_photographs(
         dataset: "folder" (torchvision's ImageFolder layout, `train/<class>/*`, `val/<class>/*`; or
             images without labels), "stl10" (see `find_stl10`) or "shapes" (generated from `seed` at
             `image_size`).
+        data_root: the folder, or a zip archive of it.
         at_least: how many photographs are needed: the batch.
         split: "train" or "val", or "pretraining": the training images, and those without labels
             that a data set may have besides.
         ranks: every rank lists for itself; the first one reports.
+        classes: a file that names the classes to use, of a folder; "": all.
 
     Raises:
-        UserError: if there are none, or too few, or the ranks found different ones.
+        UserError: if there are none, or too few, the classes are not there, or the ranks found
+            different ones.
     """
+    require(
+        not classes or dataset == "folder", "--classes has an effect with --dataset folder only"
+    )
     if dataset == "stl10":
         images, labels, class_names = find_stl10(data_root, image_size, split, ranks)
         require_batch(len(images), at_least, dataset)
@@ -100,7 +108,7 @@ def find_photographs(
         images, labels = shapes_split(split, image_size, seed)
         names = [f"{dataset} {split} {seed} {index}" for index in range(len(images))]
         return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, fingerprint(names))
-    listing = find_split(Path(data_root), split, ranks, at_least)
+    listing = find_split(Path(data_root), split, ranks, at_least, classes)
     found = fingerprint(listing.names)
     require_same_images(found, data_root, ranks)
     labelled = (listing.files, listing.labels, listing.class_names)

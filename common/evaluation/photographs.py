@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from common.augment.imagenet import normalised
-from common.data.listing import renumber
+from common.data.listing import has_folder, renumber
 from common.data.loader import Loading
 from common.data.photographs import Dataset, Photograph, PhotographSet, find_photographs
 from common.evaluation.feature_batches import centre_features
@@ -28,6 +28,7 @@ class EvaluationConfig(Protocol):
 
     dataset: Dataset
     data_root: str
+    classes: str
     image_size: int
     workers: int
     seed: int
@@ -58,10 +59,10 @@ class PhotographEvaluation:
         self.train = train
         self.config = config
         self.val: PhotographSet | None = None
-        has_val = config.dataset != "folder" or (Path(config.data_root) / "val").is_dir()
+        has_val = config.dataset != "folder" or has_folder(Path(config.data_root), "val")
         if config.knn_every and train.class_names and has_val:
             source = (config.dataset, config.data_root, config.image_size, config.seed)
-            self.val = find_photographs(*source, 1, "val", training.ranks)
+            self.val = find_photographs(*source, 1, "val", training.ranks, config.classes)
             names = (self.val.class_names, train.class_names)
             numbers = renumber(self.val.labels, *names, "val/")
             self.val_labels = torch.tensor(numbers, device=training.ranks.device)

@@ -52,6 +52,7 @@ class Config:
     # data
     dataset: Dataset = "folder"  # photographs, stl10 at --image-size 96, or generated shapes
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, val/<class>/*; STL-10
+    classes: str = ""  # a file of the classes to use, one a line; default: all
     image_size: Pixels = 224  # pixels; evaluation resizes to 8/7 of it and cuts the centre
     workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     skip_broken: bool = False  # in place of a training file that cannot be decoded take the next
@@ -97,8 +98,8 @@ def main(config: Config) -> None:
 
     # ---------------------------------------------------------------- data
     data = (config.dataset, config.data_root, config.image_size, config.seed)
-    train = find_photographs(*data, config.batch_size, "train", ranks)
-    test = find_photographs(*data, 1, "val", ranks)
+    train = find_photographs(*data, config.batch_size, "train", ranks, config.classes)
+    test = find_photographs(*data, 1, "val", ranks, config.classes)
     for split, found in (("train", train), ("val", test)):
         require(
             not found.stray,

@@ -12,8 +12,8 @@ from assertions import assert_equal
 from common.data import in_memory as datasets
 from common.data import shapes as generated
 from common.data.fingerprint import fingerprint
+from common.data.folder import list_images
 from common.data.in_memory import Split, load_cifar, load_folder, load_images
-from common.data.listing import list_images
 from common.data.shapes import CLASS_NAMES, shapes
 from common.evaluation.knn import knn_predict
 from common.runtime.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -10,12 +11,19 @@ import pytest
 import torch
 
 from common.data.decoding import decode
-from common.data.listing import Files, find_split, label_by_folder, list_images, renumber, walk
+from common.data.fingerprint import fingerprint
+from common.data.folder import Files, Folder, list_images
+from common.data.listing import find_split, label_by_folder, read_classes, renumber
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from pillow_reference import pictures, to_pillow
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def walk(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+    found = Folder(folder).find()
+    return found.names, found.left_out
 
 
 def put(folder: Path, *names: str) -> None:
@@ -188,3 +196,80 @@ def test_evaluation_labels_get_the_training_sets_numbers() -> None:
     assert renumber([1, 0, 1], ("ant", "cat"), ("ant", "bee", "cat"), "val/") == [2, 0, 2]
     with pytest.raises(UserError, match=r"^val/ has 2 classes that .* do not have: dog, emu$"):
         renumber([0, 1], ("dog", "emu"), ("ant",), "val/")
+
+
+# --classes ---------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_classes_of_a_file(tmp_path: Path) -> None:
+    """As editors of Windows write it too; names with spaces, "#" and bytes that are not UTF-8."""
+    content = b"\xef\xbb\xbf# from a paper\r\n\r\nsea lion\r\nC#\t# a language\r\n  dog  \n\xff"
+    path = Path(write(tmp_path / "list.txt", content))
+    assert read_classes(path) == {"sea lion", "C#", "dog", os.fsdecode(b"\xff")}
+
+
+def test_imagenet_100_has_a_hundred_classes_of_imagenet() -> None:
+    path = Path(__file__).parents[2] / "common" / "data" / "imagenet100.txt"
+    classes = read_classes(path)
+    assert len(classes) == 100
+    assert all(re.fullmatch(r"n\d{8}", name) for name in classes)
+
+
+def test_only_the_listed_classes_are_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "set", *(f"train/{name}/0.png" for name in ("ant", "bee", "cat", "dog")))
+    put(tmp_path / "set", "train/cat/deep/1.png", "train/dog/deep/cat/0.png", "val/cat/0.png")
+    put(tmp_path / "set", "val/bee/0.png", "val/ant/0.png")
+    classes = write(tmp_path / "list.txt", b"cat\nbee\n")
+    train = find_split(tmp_path / "set", "train", ALONE, 1, classes)
+    assert train.names == ["bee/0.png", "cat/0.png", "cat/deep/1.png"]
+    assert (train.labels, train.class_names) == ([0, 1, 1], ("bee", "cat"))
+    assert find_split(tmp_path / "set", "val", ALONE, 1, classes).labels == [0, 1]
+    not_used = "  Not used: {} classes that --classes does not list ({})."
+    assert capsys.readouterr().out.splitlines() == [
+        f"Found 3 images of 2 classes in {tmp_path / 'set' / 'train'}.",
+        not_used.format(2, "ant, dog"),
+        f"Found 2 images of 2 classes in {tmp_path / 'set' / 'val'}.",
+        not_used.format(1, "ant"),
+    ]
+    # A folder of these classes alone is the same set, and so is a list elsewhere.
+    put(tmp_path / "alone", *(f"train/{name}" for name in train.names))
+    alone = find_split(tmp_path / "alone", "train", ALONE)
+    moved = write(tmp_path / "moved.txt", b"bee\n# in another order\ncat")
+    again = find_split(tmp_path / "set", "train", ALONE, 1, moved)
+    assert fingerprint(alone.names) == fingerprint(again.names) == fingerprint(train.names)
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "sentence"),
+    [
+        (b"# only this\n \n", ["train/cat/0.png"], r"list\.txt names no class; write one a line$"),
+        (b"cat\ndog\n cat", ["train/cat/0.png"], r"list\.txt names a class twice: cat$"),
+        (
+            b"cat\ngnu\nyak",
+            ["train/cat/0.png", "train/gnu/x.txt"],
+            r"train has no images of 2 of the classes in .*list\.txt: gnu, yak$",
+        ),
+        (
+            b"cat",
+            ["train/0.png", "train/cat/0.png"],
+            r"list\.txt needs images in class folders, and .*train has 0\.png$",
+        ),
+        (b"cat", ["0.png"], r"needs images in class folders, and .* has 0\.png$"),
+        (None, ["train/cat/0.png"], r"list\.txt cannot be read \(No such file or directory\)$"),
+    ],
+)
+def test_classes_that_do_not_fit_are_told(
+    content: bytes | None, names: list[str], sentence: str, tmp_path: Path
+) -> None:
+    put(tmp_path / "set", *names)
+    if content is not None:
+        write(tmp_path / "list.txt", content)
+    with pytest.raises(UserError, match=sentence):
+        find_split(tmp_path / "set", "train", ALONE, 1, str(tmp_path / "list.txt"))

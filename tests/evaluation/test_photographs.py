@@ -65,7 +65,14 @@ def test_knn_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         last_epoch=25,
     )
     config = SimpleNamespace(
-        dataset="shapes", data_root="", image_size=32, workers=0, seed=0, knn_every=10, knn_images=2
+        dataset="shapes",
+        data_root="",
+        classes="",
+        image_size=32,
+        workers=0,
+        seed=0,
+        knn_every=10,
+        knn_images=2,
     )
     network = nn.Module()
     network.backbone = MeanColour()

@@ -16,7 +16,7 @@ from PIL import Image
 from common.augment.base import Draws
 from common.augment.crop import RandomFlip
 from common.augment.imagenet import normalised
-from common.data.listing import list_images
+from common.data.folder import list_images
 from common.data.loader import CropLoader, Loading
 from common.data.photographs import CentreCrops, RandomCrops
 from common.data.shapes import CLASS_NAMES, shapes

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,43 @@ def test_a_photograph_that_breaks_stops_with_a_checkpoint_and_both_remedies_work
     assert [row["epoch"] for row in metrics(stopped)] == [1, 2]
 
 
+def test_a_run_on_a_folder_continues_on_its_archive_and_another_list_of_the_same_classes(
+    tmp_path: Path,
+) -> None:
+    """The whole run is on the folder, and the other one's second half on the archive."""
+    photographs, zipped = tmp_path / "set", tmp_path / "set.zip"
+    images, _ = shapes(28, 40, seed=0)
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
+        for index, image in reversed([*enumerate(images)]):
+            name = f"{'val' if index > 21 else 'train'}/{'abc'[index % 3]}/{index:02d}.jpg"
+            path = photographs / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+            archive.write(path, f"set/{name}")
+    first, second, other = (tmp_path / name for name in ("first.txt", "second.txt", "other.txt"))
+    first.write_text("a\nb\n")
+    second.write_text("b\na  # the same\n")
+    other.write_text("a\nc\n")
+    script = importlib.import_module("simsiam_imagenet.run")
+
+    def train(run_dir: str, data_root: Path, classes: Path, **extra: object) -> Path:
+        settings = {**SMALL, **EXPERIMENTS["simsiam_imagenet"], "batch-size": 5}
+        settings = {name.replace("-", "_"): value for name, value in settings.items()}
+        settings |= {"workers": 0, "knn_every": 1, "precision": "fp32", **extra}
+        paths = {"data_root": data_root, "classes": classes, "run_dir": tmp_path / run_dir}
+        paths = {name: str(path) for name, path in paths.items()}
+        script.main(script.Config(**settings, **paths))
+        return tmp_path / run_dir
+
+    whole = train("whole", photographs, first)
+    train("run", photographs, first, max_steps=3)
+    with pytest.raises(UserError, match="15 images"):
+        train("run", zipped, other)
+    assert_same_end(train("run", zipped, second), whole)
+    assert state(whole)["progress"]["images"] == 15
+    assert "knn" in metrics(whole)[-1]
+
+
 ERRORS = {
     "epochs": ({"epochs": 0}, "--epochs must be between 1 and"),
     "prefetch": ({"prefetch": 0}, "--prefetch must be between 1 and"),
@@ -180,6 +218,7 @@ ERRORS = {
         "--weight-decay must be between 0 and 1; it is nan",
     ),
     "enlarged": ({"dataset": "stl10"}, "STL-10 has 96-px images, smaller than views of 224 px"),
+    "classes": ({"dataset": "shapes", "classes": "x"}, "--classes has an effect with --dataset f"),
     "batch": ({"dataset": "shapes", "batch_size": 6016}, "does not fit a set of 6000 images"),
 }
 

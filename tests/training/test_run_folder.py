@@ -45,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     "prefetch": 4,
     "pin_memory": True,
     "knn_images": 50,
+    "classes": "",
 }  # as the ImageNet experiments have
 
 
@@ -366,7 +367,7 @@ def changed(value: Any) -> Any:
 
 def test_may_change_names_real_settings() -> None:
     names = {field.name for field in fields(Config)}
-    assert names | {"workers", "prefetch", "pin_memory", "knn_images"} >= MAY_CHANGE
+    assert names | {"workers", "prefetch", "pin_memory", "knn_images", "classes"} >= MAY_CHANGE
 
 
 def refusal(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -393,6 +394,7 @@ def test_a_changed_setting(name: str, folder: Path) -> None:
             "skip_broken",
             "compile",
             "data_root",
+            "classes",
             "run_dir",
             "fresh",
         ),
