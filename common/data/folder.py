@@ -71,9 +71,12 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def by_folder(name: str) -> list[str]:
-    """The key that sorts names as paths are: "a/x" before "a-b/x", although "-" precedes "/"."""
-    return name.split("/")
+def by_folder(name: str) -> str:
+    """The key that sorts names as paths are: "a/x" before "a-b/x", although "-" precedes "/".
+
+    No name has a zero character; lists of a path's parts would take far more memory.
+    """
+    return name.replace("/", "\0")
 
 
 class Files(Sequence[Path]):
