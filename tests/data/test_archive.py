@@ -50,13 +50,15 @@ def put(folder: Path, *names: str) -> None:
 def pack(
     folder: Path, path: Path, method: int = zipfile.ZIP_DEFLATED, below: str = "", seed: int = 0
 ) -> Path:
-    """Write all files of a folder into an archive, in a random order."""
+    """Write all files of a folder into an archive, in a random order; stored ones with a note."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     random.Random(seed).shuffle(files)
     with zipfile.ZipFile(path, "w", method) as archive:
         for file in files:
             entry = RawName(below + file.relative_to(folder).as_posix())
             entry.external_attr = 0o100644 << 16
+            if method == zipfile.ZIP_STORED:
+                entry.extra = struct.pack("<2H200x", 0xCAFE, 200)
             archive.writestr(entry, file.read_bytes(), method)
     return path
 
