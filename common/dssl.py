@@ -131,9 +131,9 @@ class _GradientSums:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.is_ddp = unwrap(model) is not model
-        self.sums: dict[nn.Parameter, Tensor] = {}
+        self.parameters = [*model.parameters()]
+        self.sums: list[Tensor | None] = [None] * len(self.parameters)
 
     def __enter__(self) -> _GradientSums:
         return self
@@ -146,17 +146,24 @@ class _GradientSums:
                 self._add()
 
     def _add(self) -> None:
-        new = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        pairs = [(self.sums[p], grad) for p, grad in new if p in self.sums]
-        if pairs:
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
-        for parameter, grad in new:
-            self.sums.setdefault(parameter, grad)
+        before, new = [], []
+        for index, parameter in enumerate(self.parameters):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if self.sums[index] is None:
+                self.sums[index] = grad
+            else:
+                before.append(self.sums[index])
+                new.append(grad)
             parameter.grad = None
+        if new:
+            torch._foreach_add_(before, new)
 
     def __exit__(self, *_: object) -> None:
-        for parameter, grad in self.sums.items():
-            parameter.grad = grad
+        for parameter, grad in zip(self.parameters, self.sums, strict=True):
+            if grad is not None:
+                parameter.grad = grad
 
 
 def _joined(parts: Sequence[Part]) -> Part:
