@@ -42,11 +42,14 @@ def require_compiler(device: torch.device) -> None:
     )
 
 
-# On CUDA, kernels that do not need each other's results become one.
-OPTIONS = {"combo_kernels": True}
+def _options(device: torch.device) -> dict[str, bool] | None:
+    """On CUDA, kernels that do not need each other's results become one."""
+    # It was counted with 2.14; 2.6 fails with it.
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    return {"combo_kernels": True} if device.type == "cuda" and version >= (2, 14) else None
 
 
-def compile_in_place(*modules: nn.Module) -> None:
+def compile_in_place(device: torch.device, *modules: nn.Module) -> None:
     """torch.compile each module, as one graph also inside DDP.
 
     By default each module in DDP is split into a graph per bucket of gradients, to send the first
@@ -54,9 +57,9 @@ def compile_in_place(*modules: nn.Module) -> None:
     """
     torch._dynamo.config.optimize_ddp = False
     for module in modules:
-        module.compile(options=OPTIONS)
+        module.compile(options=_options(device))
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
     """torch.compile a function."""
-    return torch.compile(function, options=OPTIONS)
+    return torch.compile(function, options=_options(device))

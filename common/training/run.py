@@ -88,11 +88,11 @@ class Run:
     def compile(self, *modules: nn.Module) -> None:
         """With `--compile`, compile modules in place."""
         if self.config.compile:
-            compile_in_place(*modules)
+            compile_in_place(self.device, *modules)
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """With `--compile` a compiled function, otherwise the function itself."""
-        return compiled(function) if self.config.compile else function
+        return compiled(function, self.device) if self.config.compile else function
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes, of the precision that was asked for."""
