@@ -97,6 +97,14 @@ class Files(Sequence[Path]):
         return self.folder / os.fsdecode(self.names[index])
 
 
+def _is(kind: Callable[[], bool]) -> bool:
+    """What an entry is; False where that cannot be told, as of a link to itself."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
 class Folder:
     """A folder on disk."""
 
@@ -108,7 +116,7 @@ class Folder:
 
     def folders(self) -> list[str]:
         """The names of the folders directly in it, sorted."""
-        return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+        return sorted(entry.name for entry in os.scandir(self.path) if _is(entry.is_dir))
 
     def folder(self, name: str) -> Folder:
         """A folder below it."""
@@ -142,13 +150,13 @@ class Folder:
                 return
             for entry in entries:
                 name = prefix + entry.name
-                if not entry.is_dir():
+                if not _is(entry.is_dir):
                     found.add(name, lambda entry=entry: problem(entry))
                 elif found.enter(name):
                     visit(entry.path, f"{name}/", above | {real})
 
         def problem(entry: os.DirEntry[str]) -> str:
-            return "" if entry.is_file() else "not regular files, or broken links"
+            return "" if _is(entry.is_file) else "not regular files, or broken links"
 
         visit(os.fspath(self.path), "", frozenset())
         found.names.sort(key=by_folder)

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +57,13 @@ def open_root(root: Path) -> Folder | ArchiveFolder:
     an archive has all of its images, it is that folder: most programs pack a folder with its name.
 
     Raises:
-        UserError: if a file is not a complete zip archive.
+        UserError: if it cannot be read, or a file is not a complete zip archive.
     """
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.scandir(root).close()
+    except OSError as error:
+        raise UserError(f"--data-root {shown(root)} cannot be read ({error.strerror})") from error
     for path in (root, *root.parents):
         if path.is_file():
             archive = Archive(path)

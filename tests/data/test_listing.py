@@ -70,6 +70,7 @@ def test_only_regular_files_are_images(tmp_path: Path, monkeypatch: pytest.Monke
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "device.png").symlink_to("/dev/zero")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "itself.png").symlink_to("itself.png")
     (tmp_path / "linked.png").symlink_to(tmp_path / "a.png")
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)  # its address may not be long
@@ -78,10 +79,13 @@ def test_only_regular_files_are_images(tmp_path: Path, monkeypatch: pytest.Monke
         ["a.png", "linked.png"],
         {
             "not regular files, or broken links": [
-                *("device.png", "fifo.jpg", "gone.png", "socket.png"),
+                *("device.png", "fifo.jpg", "gone.png", "itself.png", "socket.png"),
             ]
         },
     )
+    assert find_split(tmp_path, "train", ALONE).names == ["a.png", "linked.png"]
+    with pytest.raises(UserError, match=r"itself\.png cannot be read \(Too many levels of"):
+        find_split(tmp_path / "itself.png", "train", ALONE)
 
 
 def test_a_link_to_a_folder_above_is_left_out_and_told(tmp_path: Path) -> None:
