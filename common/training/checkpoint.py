@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import textwrap
 import zipfile
 from collections import OrderedDict
@@ -62,11 +63,10 @@ def read_checkpoint(path: Path, *, with_objects: bool = False) -> dict[str, Any]
 
 
 def _read(path: Path, *, with_objects: bool = False) -> object:
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file, so it cannot be a checkpoint")
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path} is not a regular file, so it cannot be a checkpoint")
         with path.open("rb") as file:
             is_old_format = file.read(len(OLD_FORMAT)) == OLD_FORMAT
         if not is_old_format:
@@ -78,6 +78,10 @@ def _read(path: Path, *, with_objects: bool = False) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such checkpoint") from error
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path} {_reason(error)}") from error
 
@@ -119,6 +123,8 @@ def _verify_checksums(path: Path) -> None:
     """Check what torch.load does not."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
+        if damaged is None and not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            raise UserError(f"{path} is another kind of file: a zip archive without weights")
         # No checksum covers the mark of a folder, and torch reads an entry with it as empty.
         for entry in archive.infolist():
             if entry.external_attr:

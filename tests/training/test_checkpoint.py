@@ -10,8 +10,10 @@ import random
 import re
 import signal
 import stat
+import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -414,6 +416,39 @@ def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
             return str(raised.value)
 
         assert "last.pt is not a regular file" in in_child(refused)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        closed, path = Path(name) / "closed", Path(name) / "last.pt"
+        closed.mkdir(mode=0)
+        torch.save({}, path)
+        path.chmod(0)
+        Path(name).chmod(0o755)
+
+        def refused() -> list[str]:
+            if os.geteuid() == 0:
+                os.setuid(65534)  # nobody; root may read everything
+            messages = []
+            for one in (path, closed / "last.pt"):
+                with pytest.raises(UserError) as raised:
+                    read_checkpoint(one)
+                messages.append(str(raised.value))
+            return messages
+
+        assert in_child(refused) == [
+            f"{path} cannot be read (Permission denied)",
+            f"{closed / 'last.pt'} cannot be read (Permission denied)",
+        ]
+        closed.chmod(0o755)
+
+
+def test_another_zip_archive_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train/cat/0.jpg", b"")
+    with pytest.raises(UserError, match=r"another kind of file: a zip archive without weights"):
+        read_checkpoint(path)
 
 
 def test_a_state_that_does_not_fit_is_named(tmp_path: Path) -> None:
