@@ -48,13 +48,13 @@ def run_script(
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0]
-        # The allocators of CUDA and MPS, of CPU tensors, and of NumPy (a MemoryError).
-        signs = ("out of memory", "can't allocate memory", "Unable to allocate")
-        if not any(sign in reason for sign in signs):
+        # The allocators of CUDA and MPS, and of CPU tensors on Linux and macOS, and on Windows.
+        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(sign in reason for sign in signs):
             raise
         sys.exit(
-            f"error: too little memory ({reason}); lower --batch-size, or another size of the "
-            "images or the network"
+            f"error: too little memory ({reason or 'Python got none'}); use a smaller batch, "
+            "smaller images or a smaller network"
         )
 
 

@@ -50,6 +50,8 @@ def main(config: Config) -> None:
                 raise RuntimeError("a bug")
             if step == 50 and config.end == "memory":
                 torch.empty(2**50)
+            if step == 50 and config.end == "memory of Python":
+                bytes(2**62)
         file.write("complete")
 
 
@@ -167,6 +169,7 @@ ENDS = {
     "stop": (143, b"\nStopped, with a checkpoint: the same command continues the run.\n"),
     "bug": (1, b"\nTraceback (most recent call last):\n"),
     "memory": (1, b"\nerror: too little memory ("),
+    "memory of Python": (1, b"\nerror: too little memory (Python got none)"),
 }
 
 
