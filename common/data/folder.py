@@ -146,7 +146,9 @@ class Folder:
                 with os.scandir(path) as scan:
                     entries = sorted(scan, key=lambda entry: entry.name)
             except OSError as error:
-                found.leave_out(f"folders that cannot be read: {error.strerror}", prefix[:-1] or ".")
+                found.leave_out(
+                    f"folders that cannot be read: {error.strerror}", prefix[:-1] or "."
+                )
                 return
             for entry in entries:
                 name = prefix + entry.name
