@@ -35,7 +35,7 @@ from common.data.in_memory import CIFAR, load_images
 from common.data.listing import first_of
 from common.data.loader import Loading
 from common.data.photographs import CentreCrops, PhotographSet, Squares, find_photographs
-from common.evaluation.feature_batches import joined_features
+from common.evaluation.feature_batches import feature_batches, joined_features
 from common.evaluation.pretrained import load_backbone
 from common.networks.resnet import CifarResNet
 from common.runtime import launch
@@ -99,9 +99,9 @@ def main(config: Config) -> None:
 
     views = (Squares if is_small else CentreCrops)(found.photographs, size)
     loading = Loading(config.workers, skip_broken=config.skip_broken)
-    features, done = joined_features(
-        views, encode, backbone.feature_dim, loading, ranks, StopFlag(ranks)
-    )
+    dim = backbone.feature_dim
+    batches = feature_batches(views, encode, dim, loading, ranks, StopFlag(ranks))
+    features, done = joined_features(batches, len(views), dim, ranks)
     if ranks.is_main:
         write(output, features, done.tolist(), found)
     launch.finish()

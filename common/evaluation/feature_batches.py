@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import NamedTuple, Protocol
 
@@ -70,36 +70,33 @@ def centre_features(
 
 
 def joined_features(
-    views: CentreCrops,
-    encode: Callable[[Tensor], Tensor],
-    feature_dim: int,
-    loading: Loading,
-    ranks: Ranks,
-    stop: StopFlag,
+    batches: Iterable[FeatureBatch], count: int, feature_dim: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """Features of all photographs, in the memory of the first rank's CPU.
 
-    Arguments and errors as `feature_batches`.
+    Args:
+        batches: `feature_batches` of the `count` photographs, on every rank.
 
     Returns:
         On the first rank features float32 `[n, feature_dim]`, and int64 `[n]`: the photograph that
         each is of, in order. With `skip_broken` broken files are left out. On other ranks nothing.
     """
     # Filled in place: small tensors kept from each batch would cut up the memory that it frees.
-    total = len(views) if ranks.is_main else 0
+    total = count if ranks.is_main else 0
     features, is_done = torch.empty(total, feature_dim), torch.zeros(total, dtype=torch.bool)
-    count = first = 0
-    for batch in feature_batches(views, encode, feature_dim, loading, ranks, stop):
-        end = min(len(views), first + EVALUATION_BATCH * ranks.world_size)
+    done = first = 0
+    for batch in batches:
+        end = min(count, first + EVALUATION_BATCH * ranks.world_size)
         rows = ranks.gather(batch.features, end - first).cpu()
         used = ranks.gather(batch.used.to(ranks.device), end - first).cpu()
         if ranks.is_main:
             own = used == torch.arange(first, end)  # not of the next file after a broken one
             is_done[first:end] = own
-            features[count : count + int(own.sum())] = rows[own]
-            count += int(own.sum())
+            rows = rows[own]
+            features[done : done + len(rows)] = rows
+            done += len(rows)
         first = end
-    return features[:count], is_done.nonzero().flatten()
+    return features[:done], is_done.nonzero().flatten()
 
 
 class FeatureBatch(NamedTuple):

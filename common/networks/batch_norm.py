@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from common.runtime.precision import wide
+
 # torch 2.14 gives the function a new name and warns at the old one.
 if dist.is_available():
     _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -120,10 +122,6 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _sum(x: Tensor) -> Tensor:
     """The sum over all dimensions but the channels: `[C]`."""
     return x.sum(dim=[0, *range(2, x.dim())])
@@ -142,7 +140,7 @@ def _joined(
     is the mean of the variances plus the variance of the means (Chan et al. 1979).
     """
     dims = [0, *range(2, x.dim())]
-    own_var, own_mean = torch.var_mean(_wide(x), dim=dims, correction=0)
+    own_var, own_mean = torch.var_mean(wide(x), dim=dims, correction=0)
     means, variances = _gather(torch.cat([own_mean, own_var])).chunk(2, dim=1)
     between, mean = torch.var_mean(means, dim=0, correction=0)
     var = variances.mean(dim=0) + between
@@ -187,7 +185,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, mean, inverse, weight)
         if _has_kernels(x):
             return torch.batch_norm_elemt(x, weight, bias, mean, inverse, 0.0)
-        y = (_wide(x) - _per_channel(mean, x)) * _per_channel(inverse, x)
+        y = (wide(x) - _per_channel(mean, x)) * _per_channel(inverse, x)
         if weight is not None:
             y = y * _per_channel(weight, x) + _per_channel(bias, x)
         return y.to(x.dtype)
@@ -197,8 +195,8 @@ class _Normalise(torch.autograd.Function):
         x, mean, inverse, weight = ctx.saved_tensors
         if _has_kernels(x):
             return _backward_fused(dy, x, mean, inverse, weight)
-        dy_wide = _wide(dy)
-        x_hat = (_wide(x) - _per_channel(mean, x)) * _per_channel(inverse, x)
+        dy_wide = wide(dy)
+        x_hat = (wide(x) - _per_channel(mean, x)) * _per_channel(inverse, x)
         own_bias, own_weight = _sum(dy_wide), _sum(dy_wide * x_hat)
         total = torch.cat([own_bias, own_weight])
         dist.all_reduce(total)

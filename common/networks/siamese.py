@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from common.runtime.precision import wide
 
 
 class Siamese(nn.Module):
@@ -30,9 +31,5 @@ class Siamese(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         z = self.project(images)
         p = z if self.predictor is None else self.predictor(z)
-        return _wide(p), _wide(z)  # [B, d] each
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32, or float64 as it is: losses and sums of their gradients need the digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        # Losses, and sums of their gradients, need the digits.
+        return wide(p), wide(z)  # [B, d] each

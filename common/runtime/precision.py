@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -29,6 +30,11 @@ def shared_casts(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cuda":
         return torch.autocast("cuda", enabled=False)
     return nullcontext()
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 as it is: for sums, whose digits narrower types do not hold."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def choose_cuda_arithmetic() -> None:
