@@ -59,8 +59,12 @@ class PhotographEvaluation:
         self.train = train
         self.config = config
         self.val: PhotographSet | None = None
-        has_val = config.dataset != "folder" or has_folder(Path(config.data_root), "val")
-        if config.knn_every and train.class_names and has_val:
+        # The folder is asked last: an archive has to be read for it.
+        if (
+            config.knn_every
+            and train.class_names
+            and (config.dataset != "folder" or has_folder(Path(config.data_root), "val"))
+        ):
             source = (config.dataset, config.data_root, config.image_size, config.seed)
             self.val = find_photographs(*source, 1, "val", training.ranks, config.classes)
             names = (self.val.class_names, train.class_names)
