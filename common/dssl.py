@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.losses.collapse import spread
+from common.networks.batch_norm import can_join_views, views_in_batch
 from common.runtime.ranks import no_sync, unwrap
 from common.views import Regime, Views
 
@@ -56,7 +57,9 @@ def loss_parts(
 
     Args:
         model: what `forward` calls; under DDP its gradients are reduced with the last part only.
-        forward: a view `[B, 3, H, W]` to prediction p and projection z, each `[B, d]`.
+        forward: a view `[B, 3, H, W]` to prediction p and projection z, each `[B, d]`; on several
+            processes two views one after the other, where `model` normalises them apart
+            (`common.networks.batch_norm`).
         views: from a `ViewMaker` of the same regime.
         regime: baseline compares the standard views, joint the heavy ones, by L_S; dssl adds to
             the baseline a term L_A for each heavy view, whose target is its standard view.
@@ -80,47 +83,60 @@ def loss_parts(
             f"a reverse weight of {s} needs an L_S of two pairs, one for each view; leave it at 0"
         )
     is_directional = regime == "dssl"
+    # With s > 0 each heavy view goes backward with its own standard view alone, to save memory.
+    joins_views = s == 0 and can_join_views(unwrap(model))
+
+    def passed(*views: Tensor, is_last: bool) -> list[tuple[Tensor, Tensor]]:
+        """p and z of each view; DDP reduces gradients after the passes that are a step's last."""
+        if joins_views:
+            with _no_sync_if(not is_last, model), views_in_batch(len(views)):
+                p, z = forward(torch.cat(views))
+            return [*zip(p.chunk(len(views)), z.chunk(len(views)), strict=True)]
+        with _no_sync_if(True, model):
+            outputs = [forward(view) for view in views[:-1]]
+        with _no_sync_if(not is_last, model):
+            return [*outputs, forward(views[-1])]
+
     first, second = views[2:] if regime == "joint" else views[:2]
-    # Gradients are reduced with the last backward pass, by what DDP does in the forward pass of it.
     with _GradientSums(model) as sums:
-        with _no_sync_if(is_directional, model):
-            with _no_sync_if(not one_sided, model):
-                p_1, z_1 = forward(first)
-            p_2, z_2 = (None, None) if one_sided else forward(second)
-            if is_directional or not (one_sided or symmetric_loss):
-                target_1 = target(first, z_1)
-            if is_directional or not symmetric_loss:
-                target_2 = target(second, z_2)
+        standard = (first,) if one_sided else (first, second)
+        (p_1, z_1), *others = passed(*standard, is_last=not is_directional)
+        p_2, z_2 = others[0] if others else (None, None)
+        if is_directional or not (one_sided or symmetric_loss):
+            target_1 = target(first, z_1)
+        if is_directional or not symmetric_loss:
+            target_2 = target(second, z_2)
 
-            if symmetric_loss is not None:
-                symmetric = [symmetric_loss(z_1, z_2)]
-            elif one_sided:
-                symmetric = [2 * pair_loss(p_1, target_2)]
-            else:
-                symmetric = [pair_loss(p_1, target_2), pair_loss(p_2, target_1)]
-            log = {"spread": spread(z_1)}
-            if not (is_directional and s > 0):
-                parts = [Part(loss, {"symmetric": loss.detach()}) for loss in symmetric]
-                parts[0].log.update(log)
-                yield from sums.over(parts)
-                log = {}
-            if not is_directional:
-                return
+        if symmetric_loss is not None:
+            symmetric = [symmetric_loss(z_1, z_2)]
+        elif one_sided:
+            symmetric = [2 * pair_loss(p_1, target_2)]
+        else:
+            symmetric = [pair_loss(p_1, target_2), pair_loss(p_2, target_1)]
+        log = {"spread": spread(z_1)}
+        if not (is_directional and s > 0):
+            parts = [Part(loss, {"symmetric": loss.detach()}) for loss in symmetric]
+            parts[0].log.update(log)
+            yield from sums.over(parts)
+            log = {}
+        if not is_directional:
+            return
 
-        for index in range(2):
-            with _no_sync_if(index == 0, model):
-                p_heavy, z_heavy = forward(views[2 + index])
+        for indices in [(0, 1)] if joins_views else [(0,), (1,)]:
+            heavy = passed(*(views[2 + index] for index in indices), is_last=1 in indices)
+            parts = []
+            for index, (p_heavy, z_heavy) in zip(indices, heavy, strict=True):
                 asymmetric = pair_loss(p_heavy, (target_1, target_2)[index])
                 log["asymmetric"] = asymmetric.detach()
-                parts = [Part((1 - s) * asymmetric, log)]
+                parts.append(Part((1 - s) * asymmetric, log))
                 if s > 0:
                     # The standard view's prediction moves by both terms: it waited for this pass.
                     p, own = (p_1, p_2)[index], symmetric[index]
                     reverse = pair_loss(p, target(views[2 + index], z_heavy))
                     moved = {"symmetric": own.detach(), "reverse": reverse.detach()}
                     parts.append(Part(own + s * reverse, moved))
-                yield from sums.over(parts)
                 log = {}
+            yield from sums.over(parts)
 
 
 class _GradientSums:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -30,7 +32,8 @@ class BatchNorm(_BatchNorm):
 
     Unlike `torch.nn.SyncBatchNorm` it never waits for the device, works on CPUs (gloo), and
     torch.compile traces it without a graph break. In exchange every process must have the same
-    number of images, as all training steps here do: this is not checked.
+    number of images, as all training steps here do: this is not checked. Several views can share
+    a pass (`views_in_batch`).
 
     The state dict is BatchNorm's. `num_batches_tracked` is kept there but does not change: it has
     no effect at a fixed momentum, and counting would launch a kernel per pass.
@@ -64,10 +67,45 @@ class BatchNorm(_BatchNorm):
             return F.batch_norm(x, *averages, self.weight, self.bias, *options)
         if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
+        if x.is_cuda and not torch.compiler.is_compiling():  # compiled formulas are fewer kernels
+            options = (self.momentum, self.eps, _views)
+            return _Fused.apply(x, self.weight, self.bias, *averages, *options)
         with torch.no_grad():
-            joined = _joined_fused if _has_kernels(x) else _joined
-            mean, inverse = joined(x, *averages, self.momentum, self.eps)
+            mean, inverse = _joined(x, _views, *averages, self.momentum, self.eps)
         return _Normalise.apply(x, mean, inverse, self.weight, self.bias)
+
+
+_views = 1
+
+
+@contextmanager
+def views_in_batch(count: int) -> Iterator[None]:
+    """Within it, every batch holds `count` views of the same images, one after the other.
+
+    Each view is normalised by statistics of its own, as if it were passed alone, and the running
+    averages follow view by view. For networks of which `can_join_views` is true.
+    """
+    global _views
+    _views = count
+    try:
+        yield
+    finally:
+        _views = 1
+
+
+def can_join_views(network: nn.Module) -> bool:
+    """Whether views can share a training pass of the network (`views_in_batch`), and gain by it.
+
+    True on several processes if every BatchNorm is this module's and synchronised: the views then
+    share collectives and launches. On one process they do not gain: the copies that bring two
+    views' gradients together cost a GPU more than the launches cost the host.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    return (
+        bool(layers)
+        and _has_others()
+        and all(isinstance(layer, BatchNorm) and layer.synchronised for layer in layers)
+    )
 
 
 def convert(module: nn.Module, *, synchronised: bool = True) -> nn.Module:
@@ -102,14 +140,6 @@ def _has_others() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether to call the CUDA kernels of torch.nn.SyncBatchNorm.
-
-    Compiled code does not: torch.compile makes fewer kernels from the formulas.
-    """
-    return x.is_cuda and not torch.compiler.is_compiling()
-
-
 def _gather(own: Tensor) -> Tensor:
     """A vector `[n]` of every process: `[world_size, n]`."""
     everyones = own.new_empty(dist.get_world_size() * len(own))
@@ -117,57 +147,52 @@ def _gather(own: Tensor) -> Tensor:
     return everyones.view(-1, len(own))
 
 
-def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    """`[C]` in a shape that broadcasts over x `[B, C, …]`."""
-    return vector.view(1, -1, *[1] * (x.dim() - 2))
+# ---------------------------------------------------------------- formulas
 
 
-def _sum(x: Tensor) -> Tensor:
-    """The sum over all dimensions but the channels: `[C]`."""
-    return x.sum(dim=[0, *range(2, x.dim())])
+def _sum(x: Tensor, views: int) -> Tensor:
+    """The sums over each view's images and pixels, `[V · B, C, …]` to `[V, C]`."""
+    return x.unflatten(0, (views, -1)).sum(dim=[1, *range(3, x.dim() + 1)])
 
 
-# ---------------------------------------------------------------- statistics of the joined batch
+def _broadcast(vectors: Tensor, x: Tensor) -> Tensor:
+    """`[V, C]`, or `[C]` for all views, in a shape that broadcasts over x `[V · B, C, …]`."""
+    if vectors.dim() == 2:
+        vectors = vectors.repeat_interleave(len(x) // len(vectors), dim=0)
+    return vectors.view(-1, x.shape[1], *[1] * (x.dim() - 2))
+
+
+def _count(x: Tensor, views: int) -> int:
+    """Images times pixels of a view on this process."""
+    return x.numel() // (x.shape[1] * views)
 
 
 def _joined(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+    x: Tensor,
+    views: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and 1/√(variance + eps) of the joined batch `[C]`; the running averages follow.
+    """Mean and 1/√(variance + eps) over all processes, `[V, C]`; the running averages follow.
 
     Each process sends mean and variance, not sums of x and x²: where the mean is large, the
     difference of such sums would lose the variance's digits. Of equal shares the joined variance
     is the mean of the variances plus the variance of the means (Chan et al. 1979).
     """
-    dims = [0, *range(2, x.dim())]
-    own_var, own_mean = torch.var_mean(wide(x), dim=dims, correction=0)
-    means, variances = _gather(torch.cat([own_mean, own_var])).chunk(2, dim=1)
+    by_view = wide(x).unflatten(0, (views, -1))
+    dims = [1, *range(3, by_view.dim())]
+    own = torch.stack(torch.var_mean(by_view, dim=dims, correction=0))  # [2, V, C]
+    variances, means = _gather(own.flatten()).view(-1, *own.shape).unbind(1)  # [world_size, V, C]
     between, mean = torch.var_mean(means, dim=0, correction=0)
     var = variances.mean(dim=0) + between
-    count = x.numel() // x.shape[1] * len(means)
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    count = _count(x, views) * len(means)
+    unbiased = var * (count / (count - 1))
+    for view in range(views):
+        running_mean.lerp_(mean[view].to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased[view].to(running_var.dtype), momentum)
     return mean, torch.rsqrt(var + eps)
-
-
-def _joined_fused(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """As `_joined`, by kernels that do the same arithmetic."""
-    means, inverses = _gather(torch.cat(torch.batch_norm_stats(x, eps))).chunk(2, dim=1)
-    counts = _counts(x.numel() // x.shape[1], len(means), means.dtype, x.device)
-    return torch.batch_norm_gather_stats_with_counts(
-        x, means, inverses, running_mean, running_var, momentum, eps, counts
-    )
-
-
-@cache
-def _counts(count: int, world_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Images times pixels of each process, `[world_size]`: made once, as it never changes."""
-    return torch.full((world_size,), count, dtype=dtype, device=device)
-
-
-# ---------------------------------------------------------------- normalisation and its gradient
 
 
 class _Normalise(torch.autograd.Function):
@@ -183,45 +208,106 @@ class _Normalise(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, mean, inverse, weight)
-        if _has_kernels(x):
-            return torch.batch_norm_elemt(x, weight, bias, mean, inverse, 0.0)
-        y = (wide(x) - _per_channel(mean, x)) * _per_channel(inverse, x)
+        y = (wide(x) - _broadcast(mean, x)) * _broadcast(inverse, x)
         if weight is not None:
-            y = y * _per_channel(weight, x) + _per_channel(bias, x)
+            y = y * _broadcast(weight, x) + _broadcast(bias, x)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, inverse, weight = ctx.saved_tensors
-        if _has_kernels(x):
-            return _backward_fused(dy, x, mean, inverse, weight)
+        views = len(mean)
         dy_wide = wide(dy)
-        x_hat = (wide(x) - _per_channel(mean, x)) * _per_channel(inverse, x)
-        own_bias, own_weight = _sum(dy_wide), _sum(dy_wide * x_hat)
-        total = torch.cat([own_bias, own_weight])
+        x_hat = (wide(x) - _broadcast(mean, x)) * _broadcast(inverse, x)
+        own = torch.stack([_sum(dy_wide, views), _sum(dy_wide * x_hat, views)])  # [2, V, C]
+        total = own.clone()
         dist.all_reduce(total)
-        total = total / (x.numel() // x.shape[1] * dist.get_world_size())
-        mean_dy, mean_dy_x_hat = (_per_channel(part, x) for part in total.chunk(2))
+        total = total / (_count(x, views) * dist.get_world_size())
+        mean_dy, mean_dy_x_hat = (_broadcast(part, x) for part in total)
         scale = inverse if weight is None else inverse * weight
-        dx = (dy_wide - mean_dy - x_hat * mean_dy_x_hat) * _per_channel(scale, x)
-        if weight is None:
-            own_weight = own_bias = None
+        dx = (dy_wide - mean_dy - x_hat * mean_dy_x_hat) * _broadcast(scale, x)
+        own_bias, own_weight = (None, None) if weight is None else own.sum(dim=1)
         return dx.to(x.dtype), None, None, own_weight, own_bias
 
 
-def _backward_fused(
-    dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The gradients of `_Normalise`, by kernels that do the same arithmetic."""
-    if not (dy.dim() == 4 and dy.is_contiguous(memory_format=torch.channels_last)):
-        dy = dy.contiguous()
-    affine = weight is not None
-    sum_dy, sum_dy_x, own_weight, own_bias = torch.batch_norm_backward_reduce(
-        dy, x, mean, inverse, weight, True, affine, affine
-    )
-    total = torch.cat([sum_dy, sum_dy_x])
-    dist.all_reduce(total)
-    world_size = dist.get_world_size()
-    counts = _counts(x.numel() // x.shape[1], world_size, torch.int32, x.device)
-    dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse, weight, *total.chunk(2), counts)
-    return dx, None, None, *((own_weight, own_bias) if affine else (None, None))
+# ---------------------------------------------------------------- the same by CUDA's kernels
+
+
+def _joined_fused(
+    views: Sequence[Tensor],
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> list[Tensor]:
+    """As `_joined`, of views `[B, C, …]`: mean and inverse `[C]` of the first, the second, …"""
+    own = torch.cat([part for view in views for part in torch.batch_norm_stats(view, eps)])
+    means_and_inverses = _gather(own).chunk(2 * len(views), dim=1)
+    joined: list[Tensor] = []
+    for index, view in enumerate(views):
+        means, inverses = means_and_inverses[2 * index : 2 * index + 2]
+        counts = _counts(_count(view, 1), len(means), own.dtype, own.device)
+        joined += torch.batch_norm_gather_stats_with_counts(
+            view, means, inverses, running_mean, running_var, momentum, eps, counts
+        )
+    return joined
+
+
+@cache
+def _counts(count: int, world_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Images times pixels of each process, `[world_size]`: made once, as it never changes."""
+    return torch.full((world_size,), count, dtype=dtype, device=device)
+
+
+class _Fused(torch.autograd.Function):
+    """Statistics and normalisation by the kernels of torch.nn.SyncBatchNorm, view by view."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+        views: int,
+    ) -> Tensor:
+        parts = x.chunk(views)
+        joined = _joined_fused(parts, running_mean, running_var, momentum, eps)
+        ctx.save_for_backward(x, weight, *joined)
+        y = torch.empty_like(x)
+        for part, out, mean, inverse in zip(
+            parts, y.chunk(views), joined[::2], joined[1::2], strict=True
+        ):
+            torch.batch_norm_elemt(part, weight, bias, mean, inverse, eps, out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *joined = ctx.saved_tensors
+        if not (dy.dim() == 4 and dy.is_contiguous(memory_format=torch.channels_last)):
+            dy = dy.contiguous()
+        affine = weight is not None
+        views = len(joined) // 2
+        passes = [*zip(dy.chunk(views), x.chunk(views), joined[::2], joined[1::2], strict=True)]
+        own = [
+            torch.batch_norm_backward_reduce(*one, weight, True, affine, affine) for one in passes
+        ]
+        total = torch.cat([part for sums in own for part in sums[:2]])
+        dist.all_reduce(total)
+        world_size = dist.get_world_size()
+        counts = _counts(_count(x, views), world_size, torch.int32, x.device)
+        sums = total.chunk(2 * views)
+        dx = [
+            torch.batch_norm_backward_elemt(*one, weight, *sums[2 * i : 2 * i + 2], counts)
+            for i, one in enumerate(passes)
+        ]
+        own_weight = own_bias = None
+        if affine:
+            own_weight, own_bias = (
+                sum(parts[1:], parts[0]) for parts in zip(*(sums[2:] for sums in own), strict=True)
+            )
+        none = [None] * 5
+        return (dx[0] if views == 1 else torch.cat(dx)), own_weight, own_bias, *none

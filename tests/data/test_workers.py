@@ -106,7 +106,9 @@ def stop_all(number):  # a worker calls it
 torch.set_num_threads = stop_all
 """
     done = end_of(loop("pass", before))
-    assert (done.returncode, done.stdout, done.stderr) == (143, "stopped\n", "")
+    assert (done.returncode, done.stdout) == (143, "stopped\n"), done.stderr
+    # On one core torch advises against two workers.
+    assert "Traceback" not in done.stderr
 
 
 def test_an_error_on_one_of_two_ranks_ends_both(tmp_path: Path) -> None:

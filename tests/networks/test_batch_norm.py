@@ -17,8 +17,11 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.dssl import loss_parts
 from common.networks import batch_norm as module
-from common.networks.batch_norm import BatchNorm, convert
+from common.networks.batch_norm import BatchNorm, convert, views_in_batch
+from common.runtime.ranks import unwrap
+from common.views import Views
 from simsiam_cifar10.model import SimSiam
 
 torch.set_num_threads(1)
@@ -26,25 +29,35 @@ torch.set_num_threads(1)
 SHARE, CHANNELS = 6, 5  # images of a process
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 LAYOUTS = ("rows", "images", "channels_last")
+VIEWS = (1, 2)
 # float32 rounds a mean of 400 by up to 2e-5, bfloat16 each value by half a unit in the last place.
 ERRORS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 2**-8}
 
 
-def joined_batch(world_size: int, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Images of all processes and the gradient of their outputs, the same on every process.
+def joined_batches(
+    world_size: int, layout: str, dtype: torch.dtype, views: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A batch of each view, of all processes, and the gradient of its outputs; everywhere the same.
 
     Channel c has mean 100 c: sums of squares in float32 would lose three digits of the variance.
+
+    Returns:
+        `[V, B, C, …]` each.
     """
     generator = torch.Generator().manual_seed(world_size)
-    size = (SHARE * world_size, CHANNELS) + (() if layout == "rows" else (4, 3))
+    size = (views, SHARE * world_size, CHANNELS) + (() if layout == "rows" else (4, 3))
     x = torch.randn(size, generator=generator, dtype=torch.float64)
-    x += 100 * torch.arange(CHANNELS).view(1, -1, *[1] * (x.dim() - 2))
-    x[:SHARE] += 3  # the processes' means differ
+    x += 100 * torch.arange(CHANNELS).view(1, 1, -1, *[1] * (x.dim() - 3))
+    x[:, :SHARE] += 3  # the processes' means differ
+    x[1:] *= 2  # and the views' variances
     gradient = torch.randn(size, generator=generator, dtype=torch.float64)
-    x, gradient = x.to(dtype), gradient.to(dtype)
-    if layout == "channels_last":
-        return (tensor.to(memory_format=torch.channels_last) for tensor in (x, gradient))
-    return x, gradient
+    return x.to(dtype), gradient.to(dtype)
+
+
+def in_layout(batches: Tensor, layout: str) -> Tensor:
+    """Batches `[V, B, C, …]` one after the other."""
+    batch = batches.flatten(0, 1)
+    return batch.to(memory_format=torch.channels_last) if layout == "channels_last" else batch
 
 
 def batch_norm(layout: str, affine: bool) -> nn.Module:
@@ -67,15 +80,43 @@ def passed(layer: nn.Module, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
     return result
 
 
+def passed_one_by_one(layer: nn.Module, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+    """The same of views `[V, B, C, …]`; y and the gradient of x are `[V, B, C, …]` too."""
+    results = [passed(layer, *view) for view in zip(x, gradient, strict=True)]
+    joined = {name: torch.stack([result[name] for result in results]) for name in ("y", "x")}
+    return results[-1] | joined
+
+
 def simsiam() -> SimSiam:
     torch.manual_seed(0)
     return SimSiam("resnet10", 8, 16, 8).double()
 
 
-def trained(model: nn.Module, images: Tensor) -> None:
-    """One step on p and z, whose loss is a mean over images."""
-    p, z = model(images)
-    (p * z.cos()).sum(dim=1).mean().backward()
+def pair_loss(p: Tensor, z: Tensor) -> Tensor:
+    return (p - z.detach().cos()).pow(2).mean()
+
+
+def step(model: nn.Module, mine: slice, s: float) -> dict[str, Any]:
+    """One step's gradients and the state after it, and how many passes it took."""
+    generator = torch.Generator().manual_seed(3)
+    size = (SHARE * 3, 3, 16, 16)
+    views = Views(
+        *(torch.randn(size, generator=generator, dtype=torch.float64)[mine] for _ in range(4))
+    )
+    passes: list[int] = []
+
+    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
+        passes.append(len(images))
+        return model(images)
+
+    for part in loss_parts(model, forward, views, "dssl", pair_loss, s):
+        part.loss.backward()
+    network = unwrap(model)
+    return {
+        "passes": passes,
+        **{f"gradient of {name}": p.grad for name, p in network.named_parameters()},
+        **network.state_dict(),
+    }
 
 
 def on_a_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
@@ -83,26 +124,25 @@ def on_a_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
     mine = slice(rank * SHARE, (rank + 1) * SHARE)
-    calls = {"all_gather": 0, "all_reduce": 0}
-    results: dict[str, Any] = {"calls": calls}
-    for dtype, layout, affine in itertools.product(DTYPES, LAYOUTS, (True, False)):
-        x, gradient = joined_batch(world_size, layout, dtype)
+    results: dict[str, Any] = {}
+    for dtype, layout, affine, views in itertools.product(DTYPES, LAYOUTS, (True, False), VIEWS):
+        batches = joined_batches(world_size, layout, dtype, views)
         layer = batch_norm(layout, affine)
         layer = convert(layer.double() if dtype == torch.float64 else layer)
-        result = passed(layer, x[mine], gradient[mine])
-        results[f"{dtype} {layout} {affine}"] = result
+        with views_in_batch(views):
+            result = passed(layer, *(in_layout(batch[:, mine], layout) for batch in batches))
+        results[f"{dtype} {layout} {affine} {views}"] = result
 
-    network = convert(simsiam())
-    model = DistributedDataParallel(network, broadcast_buffers=False)
-    images = network_images(world_size)[mine]
-    trained(model, images)
-    results["network"] = {
-        **{f"gradient of {name}": p.grad for name, p in network.named_parameters()},
-        **network.state_dict(),
-    }
-    apart = convert(batch_norm("rows", True), synchronised=False)
-    x, gradient = joined_batch(world_size, "rows", torch.float32)
-    results["apart"] = passed(apart, x[mine], gradient[mine])
+    def ddp(network: nn.Module) -> nn.Module:
+        return DistributedDataParallel(network, broadcast_buffers=False)
+
+    for s in (0.0, 0.1):
+        results[f"step {s}"] = step(ddp(convert(simsiam())), mine, s)
+    apart = convert(simsiam(), synchronised=False)
+    results["passes apart"] = step(ddp(apart), mine, 0.0)["passes"]
+    (x,), (gradient,) = joined_batches(world_size, "rows", torch.float32)
+    layer = convert(batch_norm("rows", True), synchronised=False)
+    results["apart"] = passed(layer, x[mine], gradient[mine])
 
     if world_size == 2:
         graphs: list[int] = []
@@ -112,21 +152,12 @@ def on_a_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
             return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
         compiled = convert(simsiam())
-        model = DistributedDataParallel(compiled, broadcast_buffers=False)
+        model = ddp(compiled)
         compiled.compile(backend=backend, fullgraph=True)
-        trained(model, images)
+        results["compiled"] = step(model, mine, 0.0)
         results["graphs"] = len(graphs)
-        results["compiled"] = {
-            **{f"gradient of {name}": p.grad for name, p in compiled.named_parameters()},
-            **compiled.state_dict(),
-        }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-def network_images(world_size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(SHARE * world_size, 3, 16, 16, generator=generator, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -139,16 +170,18 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
+@pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pass_equals_that_of_the_joined_batch(
-    results: list[dict], dtype: torch.dtype, layout: str, affine: bool
+    results: list[dict], dtype: torch.dtype, layout: str, affine: bool, views: int
 ) -> None:
-    x, gradient = joined_batch(len(results), layout, dtype)
-    # torch's own layer, in float64 on the very same values
-    expected = passed(batch_norm(layout, affine).double(), x.double(), gradient.double())
-    ours = [result[f"{dtype} {layout} {affine}"] for result in results]
+    x, gradient = joined_batches(len(results), layout, dtype, views)
+    # torch's own layer, in float64 on the very same values, view by view
+    layer = batch_norm(layout, affine).double()
+    expected = passed_one_by_one(layer, x.double(), gradient.double())
+    ours = [result[f"{dtype} {layout} {affine} {views}"] for result in results]
     assert ours[0].keys() == expected.keys()
     error = ERRORS[dtype]
     for name in ("y", "x"):
@@ -156,9 +189,10 @@ def test_a_pass_equals_that_of_the_joined_batch(
         assert all(part.dtype == dtype for part in parts)
         if layout == "channels_last":
             assert all(part.is_contiguous(memory_format=torch.channels_last) for part in parts)
+        joined = torch.cat([part.unflatten(0, (views, -1)) for part in parts], dim=1)
         # bfloat16: half a unit in the last place of each value
         torch.testing.assert_close(
-            torch.cat(parts).double(), expected[name], rtol=error, atol=min(error, 1e-3)
+            joined.double(), expected[name], rtol=error, atol=min(error, 1e-3)
         )
     # Averages and sums are in float32 also where images are bfloat16.
     error = min(error, 1e-5)
@@ -172,31 +206,35 @@ def test_a_pass_equals_that_of_the_joined_batch(
         torch.testing.assert_close(total, expected[name], rtol=error, atol=100 * error)
 
 
-def test_a_network_in_ddp_equals_that_of_the_joined_batch(results: list[dict]) -> None:
-    network = simsiam()
-    trained(network, network_images(len(results)))
-    expected = {
-        **{f"gradient of {name}": p.grad for name, p in network.named_parameters()},
-        **network.state_dict(),
-    }
-    ours = results[0]["network"]
+@pytest.mark.parametrize(("s", "passes"), [(0.0, [2, 2]), (0.1, [1, 1, 1, 1])])
+def test_a_step_in_ddp_equals_that_of_the_joined_batch_and_joins_views(
+    results: list[dict], s: float, passes: list[int]
+) -> None:
+    expected = step(simsiam(), slice(SHARE * len(results)), s)
+    ours = results[0][f"step {s}"]
     assert ours.keys() == expected.keys()
-    for name, value in expected.items():
+    assert ours.pop("passes") == [views * SHARE for views in passes]
+    for name, value in ours.items():
         if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=name)
+            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_views_are_not_joined_where_each_process_is_alone(results: list[dict]) -> None:
+    assert results[0]["passes apart"] == [SHARE] * 4
 
 
 def test_compiled_it_is_one_graph_with_the_same_results(results: list[dict]) -> None:
     if len(results) == 2:
         assert results[0]["graphs"] == 1
-        for name, value in results[0]["network"].items():
-            torch.testing.assert_close(
-                results[0]["compiled"][name], value, rtol=1e-10, atol=1e-12, msg=name
-            )
+        for name, value in results[0]["compiled"].items():
+            if name != "passes":
+                torch.testing.assert_close(
+                    value, results[0]["step 0.0"][name], rtol=1e-10, atol=1e-12, msg=name
+                )
 
 
 def test_where_it_is_not_synchronised_each_process_is_alone(results: list[dict]) -> None:
-    x, gradient = joined_batch(len(results), "rows", torch.float32)
+    (x,), (gradient,) = joined_batches(len(results), "rows", torch.float32)
     for rank, result in enumerate(results):
         mine = slice(rank * SHARE, (rank + 1) * SHARE)
         expected = passed(batch_norm("rows", True), x[mine], gradient[mine])
@@ -214,7 +252,7 @@ def assert_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> No
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_process_computes_what_torch_computes(layout: str) -> None:
-    x, gradient = joined_batch(1, layout, torch.float32)
+    x, gradient = (in_layout(b, layout) for b in joined_batches(1, layout, torch.float32))
     theirs, ours = batch_norm(layout, True), convert(batch_norm(layout, True))
     assert_equal(passed(ours, x, gradient), passed(theirs, x, gradient))
     assert_equal({"y": ours.eval()(x)}, {"y": theirs.eval()(x)})
@@ -265,26 +303,29 @@ def alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_on_cuda_a_pass_equals_torchs_and_waits_for_nothing(
-    alone_on_cuda: None, dtype: torch.dtype, layout: str, affine: bool
+    alone_on_cuda: None, dtype: torch.dtype, layout: str, affine: bool, views: int
 ) -> None:
-    x, gradient = joined_batch(1, layout, dtype)
-    expected = passed(batch_norm(layout, affine).double(), x.double(), gradient.double())
+    batches = joined_batches(1, layout, dtype, views)
+    layer = batch_norm(layout, affine).double()
+    expected = passed_one_by_one(layer, *(batch.double() for batch in batches))
     layer = convert(batch_norm(layout, affine)).cuda()
-    x, gradient = x.cuda(), gradient.cuda()
-    passed(copy.deepcopy(layer), x, gradient)  # NCCL starts with the first collective
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ours = passed(layer, x, gradient)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    x, gradient = (in_layout(batch, layout).cuda() for batch in batches)
+    with views_in_batch(views):
+        passed(copy.deepcopy(layer), x, gradient)  # NCCL starts with the first collective
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = passed(layer, x, gradient)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         error = ERRORS[dtype] if name in ("y", "x") else 1e-4
-        result = ours[name].cpu().double()
+        result = ours[name].cpu().double().view_as(value)
         torch.testing.assert_close(result, value, rtol=error, atol=5e-3, msg=name)
 
 
@@ -292,12 +333,12 @@ def test_on_cuda_a_pass_equals_torchs_and_waits_for_nothing(
 def test_on_cuda_the_statistics_of_two_processes_are_those_of_the_joined_batch(
     alone_on_cuda: None, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, _ = joined_batch(2, layout, torch.float32)
-    own, other = (half.cuda() for half in x.split(SHARE))
+    (x,), _ = joined_batches(2, layout, torch.float32)
+    own, other = (in_layout(half[None], layout).cuda() for half in x.split(SHARE))
     others = torch.cat(torch.batch_norm_stats(other, 1e-5))
     monkeypatch.setattr(module, "_gather", lambda vector: torch.stack([vector, others]))
     averages = torch.zeros(CHANNELS, device="cuda"), torch.ones(CHANNELS, device="cuda")
-    mean, inverse = module._joined_fused(own, *averages, 0.1, 1e-5)
+    mean, inverse = module._joined_fused([own], *averages, 0.1, 1e-5)
     dims = [0, *range(2, x.dim())]
     var, expected = torch.var_mean(x.double(), dims, correction=0)
     torch.testing.assert_close(mean.cpu().double(), expected, rtol=1e-5, atol=1e-5)
