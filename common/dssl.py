@@ -3,11 +3,11 @@
 A base method has a network and a loss for one pair of views. The regime decides which views are
 compared, and which of the two moves. The terms of the loss come in parts. Call each part's
 `backward` before the next part is computed: targets have no gradient, so the gradients are those of
-the whole sum, but the activations of two views are in memory at a time instead of four (of three
-where the direction is softened, s > 0).
+the whole sum, but the activations of two views are in memory at a time instead of four. Where the
+direction is softened, s > 0, they are those of three, and of four on several GPUs.
 
 The views are passed in the order v, v', v̂, v̂', as in the authors' scripts: BatchNorm's running
-averages depend on it.
+averages depend on it. On several GPUs v and v' share a pass, and so do v̂ and v̂'.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def loss_parts(
             f"a reverse weight of {s} needs an L_S of two pairs, one for each view; leave it at 0"
         )
     is_directional = regime == "dssl"
-    # With s > 0 each heavy view goes backward with its own standard view alone, to save memory.
-    joins_views = s == 0 and can_join_views(unwrap(model))
+    joins_views = can_join_views(unwrap(model))
 
     def passed(*views: Tensor, is_last: bool) -> list[tuple[Tensor, Tensor]]:
         """p and z of each view; DDP reduces gradients after the passes that are a step's last."""

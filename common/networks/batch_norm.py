@@ -157,7 +157,7 @@ def _sum(x: Tensor, views: int) -> Tensor:
 
 def _broadcast(vectors: Tensor, x: Tensor) -> Tensor:
     """`[V, C]`, or `[C]` for all views, in a shape that broadcasts over x `[V · B, C, …]`."""
-    if vectors.dim() == 2:
+    if vectors.dim() == 2 and len(vectors) > 1:
         vectors = vectors.repeat_interleave(len(x) // len(vectors), dim=0)
     return vectors.view(-1, x.shape[1], *[1] * (x.dim() - 2))
 

@@ -206,14 +206,14 @@ def test_a_pass_equals_that_of_the_joined_batch(
         torch.testing.assert_close(total, expected[name], rtol=error, atol=100 * error)
 
 
-@pytest.mark.parametrize(("s", "passes"), [(0.0, [2, 2]), (0.1, [1, 1, 1, 1])])
+@pytest.mark.parametrize("s", [0.0, 0.1])
 def test_a_step_in_ddp_equals_that_of_the_joined_batch_and_joins_views(
-    results: list[dict], s: float, passes: list[int]
+    results: list[dict], s: float
 ) -> None:
     expected = step(simsiam(), slice(SHARE * len(results)), s)
     ours = results[0][f"step {s}"]
     assert ours.keys() == expected.keys()
-    assert ours.pop("passes") == [views * SHARE for views in passes]
+    assert ours.pop("passes") == [2 * SHARE, 2 * SHARE]
     for name, value in ours.items():
         if not name.endswith("num_batches_tracked"):
             torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10, msg=name)
