@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from byol_cifar10.model import online_network
 from common.runtime.errors import UserError
 from common.training import run as run_setup
 from published_files import put_cifar
-from scripts import assert_equal, command_line, metrics, run, state
+from scripts import assert_equal, command_line, metrics, on_two_ranks, run, state
 
 EXPERIMENTS = ["simclr_cifar10", "byol_cifar10"]
 SMALL = {
@@ -33,13 +33,14 @@ SMALL = {
     "linear-epochs": 1,
     "device": "cpu",
 }
-SHORT = ("--linear-epochs", "0", "--knn-every", "0")
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[str]:
-    settings = {**SMALL, "data-root": folder, "run-dir": run_dir}
-    return command_line(f"{experiment}/run.py", settings, *extra)
+def train(experiment: str, run_dir: Path, **settings: object) -> None:
+    """A run in this process, which is quicker than one as a user types it."""
+    script = importlib.import_module(f"{experiment}.run")
+    small = {**SMALL, "precision": "fp32", **settings}
+    small = {name.replace("-", "_"): value for name, value in small.items()}
+    script.main(script.Config(**small, run_dir=str(run_dir)))
 
 
 def assert_target_follows(run_dir: Path, online_passes: int) -> None:
@@ -64,7 +65,7 @@ def test_stopped_by_max_steps_and_continued_is_the_same_run(
     experiment: str, folder: Path, tmp_path: Path
 ) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    run(command(experiment, folder, whole))
+    train(experiment, whole, data_root=str(folder))
     rows = metrics(whole)
     assert [row["epoch"] for row in rows] == [0, 1, 2, 2]
     assert [row["lr"] for row in rows[1:3]] == pytest.approx([0.3 * 40 / 256, 0])
@@ -75,12 +76,12 @@ def test_stopped_by_max_steps_and_continued_is_the_same_run(
     assert rows[2]["loss"] < rows[1]["loss"]
     assert "linear" in rows[3]
 
-    run(command(experiment, folder, run_dir, *SHORT, "--max-steps", "1"))
+    train(experiment, run_dir, data_root=str(folder), max_steps=1, linear_epochs=0, knn_every=0)
     progress = state(run_dir)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 1)
     if experiment == "byol_cifar10":
         assert_target_follows(run_dir, online_passes=4)
-    run(command(experiment, folder, run_dir))
+    train(experiment, run_dir, data_root=str(folder))
     assert metrics(run_dir) == rows
     last = state(run_dir)
     for part in ("model", "optimiser", *(["target"] if "target" in last else [])):
@@ -112,21 +113,19 @@ def test_a_compiled_run_goes_on_without_and_is_the_same_within_rounding(
     monkeypatch.setattr(torch.nn.Module, "compile", module_but_for_the_last_stage)
     monkeypatch.setattr(torch, "compile", but_for_the_last_stage)
     monkeypatch.setattr(run_setup, "require_compiler", lambda device: None)
-    small = {name.replace("-", "_"): value for name, value in SMALL.items()}
-    small |= {"data_root": str(folder), "backbone": "resnet10", "linear_epochs": 0, "knn_every": 0}
+    small = {"data_root": str(folder), "backbone": "resnet10", "linear_epochs": 0, "knn_every": 0}
 
-    def train(name: str, **further: object) -> dict:
-        run_dir = tmp_path / name
-        byol_cifar10.run.main(byol_cifar10.run.Config(**small, run_dir=str(run_dir), **further))
-        return state(run_dir)
+    def trained(name: str, **further: object) -> dict:
+        train("byol_cifar10", tmp_path / name, **small, **further)
+        return state(tmp_path / name)
 
-    whole = train("whole", max_steps=4)
+    whole = trained("whole", max_steps=4)
     assert not compiled
     assert not functions
-    train("run", max_steps=2, compile=True)
+    trained("run", max_steps=2, compile=True)
     assert len(compiled) == 3  # the online network, the target's backbone and projector
     assert byol_cifar10.loss.pair_loss in functions
-    continued = train("run", max_steps=4)
+    continued = trained("run", max_steps=4)
     assert len(compiled) == 3
     for part in ("model", "target"):
         torch.testing.assert_close(continued[part], whole[part], rtol=1e-4, atol=1e-5)
@@ -136,20 +135,17 @@ def test_cifar100_has_100_classes_in_knn_and_linear_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_cifar("cifar100", tmp_path, monkeypatch, count=240)
-    small = {name.replace("-", "_"): value for name, value in SMALL.items()}
-    small |= {"dataset": "cifar100", "data_root": str(tmp_path), "backbone": "resnet10"}
+    settings = {"dataset": "cifar100", "data_root": str(tmp_path), "backbone": "resnet10"}
     run_dir = tmp_path / "run"
-    simclr_cifar10.run.main(
-        simclr_cifar10.run.Config(**small, max_steps=1, knn_every=0, run_dir=str(run_dir))
-    )
+    train("simclr_cifar10", run_dir, **settings, max_steps=1, knn_every=0)
     assert state(run_dir, "linear_last.pt")["classifier"]["weight"].shape == (100, 64)
     rows = metrics(run_dir)
     assert [set(row) & {"knn", "linear"} for row in rows] == [{"knn"}, {"knn"}, {"linear"}]
 
 
 def test_without_heavy_views_there_is_no_asymmetric_loss(folder: Path, tmp_path: Path) -> None:
-    baseline = ("--regime", "baseline", "--max-steps", "1")
-    run(command("byol_cifar10", folder, tmp_path, *SHORT, *baseline))
+    short = {"regime": "baseline", "max_steps": 1, "linear_epochs": 0, "knn_every": 0}
+    train("byol_cifar10", tmp_path, data_root=str(folder), **short)
     row = metrics(tmp_path)[1]
     assert row["loss"] == row["symmetric"]
     assert "asymmetric" not in row
@@ -157,8 +153,9 @@ def test_without_heavy_views_there_is_no_asymmetric_loss(folder: Path, tmp_path:
 
 
 def test_simclrs_negatives_come_from_both_ranks(folder: Path, tmp_path: Path) -> None:
-    arguments = command("simclr_cifar10", folder, tmp_path, *SHORT, "--max-steps", "1")
-    run([*LAUNCHER, *arguments[1:]])
+    short = {"linear-epochs": 0, "knn-every": 0, "max-steps": 1}
+    settings = {**SMALL, **short, "data-root": folder, "run-dir": tmp_path}
+    run(on_two_ranks(command_line("simclr_cifar10/run.py", settings)))
     row = metrics(tmp_path)[1]
     # Untrained, all are about as near as the positive: the log of how many there are.
     assert row["symmetric"] == pytest.approx(math.log(2 * 40 - 1), abs=0.2)

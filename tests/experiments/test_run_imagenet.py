@@ -66,6 +66,15 @@ def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[s
     return command_line(f"{experiment}/run.py", settings, *extra)
 
 
+def train(experiment: str, run_dir: Path, **settings: object) -> None:
+    """A run in this process, which is quicker than one as a user types it."""
+    script = importlib.import_module(f"{experiment}.run")
+    small = {**SMALL, **EXPERIMENTS[experiment], "precision": "fp32", **settings}
+    small = {name.replace("-", "_"): value for name, value in small.items()}
+    torch.set_num_threads(1)  # as in the processes it is compared with
+    script.main(script.Config(**small, run_dir=str(run_dir)))
+
+
 def assert_same_end(ours: Path, theirs: Path) -> None:
     assert metrics(ours) == metrics(theirs)
     for part in state(theirs).keys() - {"config", "metrics", "metrics_bytes"}:
@@ -74,11 +83,11 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_killed_and_continued_is_the_same_run(
-    experiment: str, folder: Path, tmp_path: Path
+    experiment: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    done = run(command(experiment, folder, whole))
-    assert "weights" in done.stdout
+    train(experiment, whole, data_root=str(folder))
+    assert "weights" in capsys.readouterr().out
     rows = metrics(whole)
     assert [row["epoch"] for row in rows] == [1, 2]
     peak = PEAK_LRS[experiment]
@@ -101,22 +110,20 @@ def test_killed_and_continued_is_the_same_run(
     process.kill()
     process.wait()
     assert not (run_dir / "backbone.pt").exists(), "killed too late"
-    run(command(experiment, folder, run_dir))
+    train(experiment, run_dir, data_root=str(folder))
     assert_same_end(run_dir, whole)
     last = state(run_dir)["model"]
     for name, value in state(run_dir, "backbone.pt").items():
         assert torch.equal(value, last[f"backbone.{name}"]), name
 
 
-@pytest.mark.parametrize(
-    "experiment", ["simsiam_imagenet", "byol_harder_aug_imagenet", "mocov2_imagenet"]
-)
 def test_two_ranks_killed_and_continued_end_with_the_same_weights(
-    experiment: str, folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path
 ) -> None:
+    """MoCo has every part that a run can have: a second network, and a queue of all ranks' keys."""
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    run(on_two_ranks(command(experiment, folder, whole)))
-    arguments = on_two_ranks(command(experiment, folder, run_dir))
+    run(on_two_ranks(command("mocov2_imagenet", folder, whole)))
+    arguments = on_two_ranks(command("mocov2_imagenet", folder, run_dir))
     kill(start_until(arguments, run_dir / "previous.pt"))
     assert not (run_dir / "backbone.pt").exists(), "killed too late"
     run(arguments)
@@ -190,22 +197,18 @@ def test_a_run_on_a_folder_continues_on_its_archive_and_another_list_of_the_same
     first.write_text("a\nb\n")
     second.write_text("b\na  # the same\n")
     other.write_text("a\nc\n")
-    script = importlib.import_module("simsiam_imagenet.run")
 
-    def train(run_dir: str, data_root: Path, classes: Path, **extra: object) -> Path:
-        settings = {**SMALL, **EXPERIMENTS["simsiam_imagenet"], "batch-size": 5}
-        settings = {name.replace("-", "_"): value for name, value in settings.items()}
-        settings |= {"workers": 0, "knn_every": 1, "precision": "fp32", **extra}
-        paths = {"data_root": data_root, "classes": classes, "run_dir": tmp_path / run_dir}
-        paths = {name: str(path) for name, path in paths.items()}
-        script.main(script.Config(**settings, **paths))
+    def train_on(run_dir: str, data_root: Path, classes: Path, **extra: object) -> Path:
+        paths = {"data_root": str(data_root), "classes": str(classes)}
+        settings = {"batch-size": 5, "workers": 0, "knn_every": 1, **paths, **extra}
+        train("simsiam_imagenet", tmp_path / run_dir, **settings)
         return tmp_path / run_dir
 
-    whole = train("whole", photographs, first)
-    train("run", photographs, first, max_steps=3)
+    whole = train_on("whole", photographs, first)
+    train_on("run", photographs, first, max_steps=3)
     with pytest.raises(UserError, match="15 images"):
-        train("run", zipped, other)
-    assert_same_end(train("run", zipped, second), whole)
+        train_on("run", zipped, other)
+    assert_same_end(train_on("run", zipped, second), whole)
     assert state(whole)["progress"]["images"] == 15
     assert "knn" in metrics(whole)[-1]
 
@@ -238,8 +241,9 @@ def test_what_a_user_can_mend_stops_before_any_work(
 
 @pytest.mark.parametrize("regime", ["baseline", "joint"])
 def test_byols_other_regimes(regime: str, folder: Path, tmp_path: Path) -> None:
-    extra = ["--regime", regime, "--standard-randaug", "0", "0", "--no-heavy-crop"]
-    run(command("byol_harder_aug_imagenet", folder, tmp_path / "run", *extra, "--epochs", "1"))
+    plain = {"standard_randaug": (0, 0), "heavy_crop": False, "epochs": 1}
+    settings = {"data_root": str(folder), "regime": regime, **plain}
+    train("byol_harder_aug_imagenet", tmp_path / "run", **settings)
     (row,) = metrics(tmp_path / "run")
     assert row["loss"] == pytest.approx(row["symmetric"], abs=1e-6)
     assert "asymmetric" not in row
