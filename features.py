@@ -104,7 +104,6 @@ def main(config: Config) -> None:
     features, done = joined_features(batches, len(views), dim, ranks)
     if ranks.is_main:
         write(output, features, done.tolist(), found)
-    launch.finish()
 
 
 def find_images(config: Config, size: int, ranks: Ranks) -> PhotographSet:

@@ -176,7 +176,6 @@ def main(config: Config) -> None:
                 f"{folder / 'linear.jsonl'} cannot be written ({error}); note the result above"
             ) from error
         print(f"  written to {folder / 'linear.jsonl'}")
-    launch.finish()
 
 
 def fit(

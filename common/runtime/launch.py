@@ -102,9 +102,17 @@ def use_every_gpu(device: str) -> None:
 
 
 def finish() -> None:
-    """Leave the group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the group. DDP, which holds on to it, must have gone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # gloo's threads end with its last owner, who waits for them. One of them may still need
+    # Python's lock: torch gives it away where the owner is Python's object of the backend, and
+    # keeps it, until 2.6 at least, where the owner is the group.
+    group = dist.group.WORLD
+    backend = group._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    del group
+    dist.destroy_process_group()
+    del backend
 
 
 def _number_from_environment(name: str, default: int) -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import tyro
 
+from common.runtime import launch
 from common.runtime.errors import StopRequested, UserError
 from common.runtime.output import close_bars, protect_output
 from common.runtime.repository import require_own_code
@@ -38,6 +39,8 @@ def run_script(
             main(_expand_home(config))
         finally:
             close_bars()
+        # Only now: DDP went with main's variables.
+        launch.finish()
     except UserError as error:
         sys.exit(f"error: {error}")
     except StopRequested as stop:

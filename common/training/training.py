@@ -12,7 +12,6 @@ from torch import nn
 
 from common.data.batches import Batch, Batches
 from common.dssl import Part
-from common.runtime import launch
 from common.runtime.errors import StopRequested
 from common.runtime.precision import shared_casts
 from common.runtime.ranks import Ranks
@@ -194,11 +193,10 @@ class Training:
         self.log.save({**state, "progress": asdict(self.progress)}, must=must)
 
     def finish(self, linear: float | None = None) -> None:
-        """Print the result and leave the group of processes.
+        """Print the result and close the log.
 
         Args:
             linear: accuracy of the linear evaluation in percent, if there was one.
         """
         self.log.tell_result(self.progress, linear)
         self.log.close()
-        launch.finish()
