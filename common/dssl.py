@@ -97,7 +97,7 @@ def loss_parts(
             return [*outputs, forward(views[-1])]
 
     first, second = views[2:] if regime == "joint" else views[:2]
-    with _GradientSums(model) as sums:
+    with _GradientSums(model, joins_views) as sums:
         standard = (first,) if one_sided else (first, second)
         (p_1, z_1), *others = passed(*standard, is_last=not is_directional)
         p_2, z_2 = others[0] if others else (None, None)
@@ -143,10 +143,14 @@ class _GradientSums:
 
     Autograd adds them parameter by parameter, on CUDA by a kernel for each. Under DDP it has to:
     DDP reduces what autograd has added up, and in a single backward pass.
+
+    Args:
+        joins_views: views share a pass, and so a backward pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, joins_views: bool) -> None:
         self.is_ddp = unwrap(model) is not model
+        self.joins_views = joins_views
         self.parameters = [*model.parameters()]
         self.sums: list[Tensor | None] = [None] * len(self.parameters)
 
@@ -154,8 +158,8 @@ class _GradientSums:
         return self
 
     def over(self, parts: Sequence[Part]) -> Iterator[Part]:
-        """The parts, whose activations are in memory together; under DDP one part of all terms."""
-        for part in [_joined(parts)] if self.is_ddp else parts:
+        """The parts, whose activations are in memory together; as one where they have to be."""
+        for part in [_joined(parts)] if self.is_ddp or self.joins_views else parts:
             yield part
             if not self.is_ddp:
                 self._add()

@@ -138,6 +138,8 @@ def on_a_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
 
     for s in (0.0, 0.1):
         results[f"step {s}"] = step(ddp(convert(simsiam())), mine, s)
+    # Without DDP each process keeps its own part of the gradients.
+    results["step without DDP"] = step(convert(simsiam()), mine, 0.1)
     apart = convert(simsiam(), synchronised=False)
     results["passes apart"] = step(ddp(apart), mine, 0.0)["passes"]
     (x,), (gradient,) = joined_batches(world_size, "rows", torch.float32)
@@ -217,6 +219,16 @@ def test_a_step_in_ddp_equals_that_of_the_joined_batch_and_joins_views(
     for name, value in ours.items():
         if not name.endswith("num_batches_tracked"):
             torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_without_ddp_the_processes_gradients_have_the_joined_batchs_as_their_mean(
+    results: list[dict],
+) -> None:
+    expected = results[0]["step 0.1"]
+    for name in (name for name in expected if name.startswith("gradient of ")):
+        parts = [result["step without DDP"][name] for result in results]
+        mean = torch.stack(parts).mean(dim=0)
+        torch.testing.assert_close(mean, expected[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_views_are_not_joined_where_each_process_is_alone(results: list[dict]) -> None:
