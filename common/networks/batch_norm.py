@@ -143,7 +143,7 @@ def _has_others() -> bool:
 def _gather(own: Tensor) -> Tensor:
     """A vector `[n]` of every process: `[world_size, n]`."""
     everyones = own.new_empty(dist.get_world_size() * len(own))
-    _all_gather(everyones, own)
+    _all_gather(everyones, own, group=dist.group.WORLD)  # torch.compile of 2.6 needs the group
     return everyones.view(-1, len(own))
 
 
