@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
@@ -88,7 +89,10 @@ def by_hand(paths: list[Path], view: Callable[[Image.Image], Tensor], network: n
 
 
 def evaluation_view(picture: Image.Image) -> Tensor:
-    resized = transforms.resize(transforms.pil_to_tensor(picture), [32], antialias=True)
+    image = transforms.pil_to_tensor(picture)[None].to(memory_format=torch.channels_last)
+    height, width = transforms.resize(image, [32]).shape[2:]
+    # torchvision resizes in float32, which torch 2.6 rounds otherwise than uint8.
+    resized = F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
     pixels = transforms.center_crop(resized, [SIZE, SIZE])
     return transforms.normalize(pixels.float() / 255, MEAN, STD)
 
