@@ -85,16 +85,16 @@ def loss_parts(
     is_directional = regime == "dssl"
     joins_views = can_join_views(unwrap(model))
 
-    def passed(*views: Tensor, is_last: bool) -> list[tuple[Tensor, Tensor]]:
-        """p and z of each view; DDP reduces gradients after the passes that are a step's last."""
+    def passed(*some: Tensor, is_last: bool) -> list[tuple[Tensor, Tensor]]:
+        """p and z of some views; DDP reduces gradients after the passes that are a step's last."""
         if joins_views:
-            with _no_sync_if(not is_last, model), views_in_batch(len(views)):
-                p, z = forward(torch.cat(views))
-            return [*zip(p.chunk(len(views)), z.chunk(len(views)), strict=True)]
-        with _no_sync_if(True, model):
-            outputs = [forward(view) for view in views[:-1]]
+            with _no_sync_if(not is_last, model), views_in_batch(len(some)):
+                p, z = forward(torch.cat(some))
+            return [*zip(p.chunk(len(some)), z.chunk(len(some)), strict=True)]
+        with no_sync(model):
+            outputs = [forward(view) for view in some[:-1]]
         with _no_sync_if(not is_last, model):
-            return [*outputs, forward(views[-1])]
+            return [*outputs, forward(some[-1])]
 
     first, second = views[2:] if regime == "joint" else views[:2]
     with _GradientSums(model, joins_views) as sums:

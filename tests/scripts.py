@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -32,6 +33,15 @@ def command_line(script: str, settings: Mapping[str, object], *extra: str) -> li
     settings = {"precision": "fp32", **settings}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return [sys.executable, str(ROOT / script), *flags, *extra]
+
+
+def run_here(experiment: str, settings: Mapping[str, object], run_dir: Path) -> None:
+    """The run of `command_line` in this process, which is quicker than one as a user types it."""
+    script = importlib.import_module(f"{experiment}.run")
+    settings = {"precision": "fp32", "run-dir": str(run_dir), **settings}
+    torch.set_num_threads(1)  # as in the processes it is compared with
+    fields = {name.replace("-", "_"): value for name, value in settings.items()}
+    script.main(script.Config(**fields))
 
 
 def run(arguments: Sequence[str], status: int = 0, **options) -> subprocess.CompletedProcess[str]:

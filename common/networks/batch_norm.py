@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 
 import torch
 import torch.distributed as dist
@@ -65,8 +65,7 @@ class BatchNorm(_BatchNorm):
         if not (self.training and self.synchronised and _has_others()):
             options = (self.training, self.momentum, self.eps)
             return F.batch_norm(x, *averages, self.weight, self.bias, *options)
-        if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-            x = x.contiguous()
+        x = _dense(x)
         if x.is_cuda and not torch.compiler.is_compiling():  # compiled formulas are fewer kernels
             options = (self.momentum, self.eps, _views)
             return _Fused.apply(x, self.weight, self.bias, *averages, *options)
@@ -100,12 +99,11 @@ def can_join_views(network: nn.Module) -> bool:
     share collectives and launches. On one process they do not gain: the copies that bring two
     views' gradients together cost a GPU more than the launches cost the host.
     """
+    if not _has_others():
+        return False
     layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
-    return (
-        bool(layers)
-        and _has_others()
-        and all(isinstance(layer, BatchNorm) and layer.synchronised for layer in layers)
-    )
+    ours = [isinstance(layer, BatchNorm) and layer.synchronised for layer in layers]
+    return bool(ours) and all(ours)
 
 
 def convert(module: nn.Module, *, synchronised: bool = True) -> nn.Module:
@@ -140,6 +138,12 @@ def _has_others() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _dense(x: Tensor) -> Tensor:
+    """Contiguous, or channels_last as it is."""
+    is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if is_channels_last else x.contiguous()
+
+
 def _gather(own: Tensor) -> Tensor:
     """A vector `[n]` of every process: `[world_size, n]`."""
     everyones = own.new_empty(dist.get_world_size() * len(own))
@@ -168,12 +172,7 @@ def _count(x: Tensor, views: int) -> int:
 
 
 def _joined(
-    x: Tensor,
-    views: int,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
+    x: Tensor, views: int, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1/√(variance + eps) over all processes, `[V, C]`; the running averages follow.
 
@@ -234,23 +233,17 @@ class _Normalise(torch.autograd.Function):
 
 
 def _joined_fused(
-    views: Sequence[Tensor],
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-) -> list[Tensor]:
-    """As `_joined`, of views `[B, C, …]`: mean and inverse `[C]` of the first, the second, …"""
+    views: Sequence[Tensor], running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> list[tuple[Tensor, Tensor]]:
+    """As `_joined`: mean and inverse `[C]` of each view `[B, C, …]`."""
     own = torch.cat([part for view in views for part in torch.batch_norm_stats(view, eps)])
-    means_and_inverses = _gather(own).chunk(2 * len(views), dim=1)
-    joined: list[Tensor] = []
-    for index, view in enumerate(views):
-        means, inverses = means_and_inverses[2 * index : 2 * index + 2]
-        counts = _counts(_count(view, 1), len(means), own.dtype, own.device)
-        joined += torch.batch_norm_gather_stats_with_counts(
-            view, means, inverses, running_mean, running_var, momentum, eps, counts
-        )
-    return joined
+    everyones = _gather(own).chunk(2 * len(views), dim=1)  # of each view means and inverses
+    counts = _counts(_count(views[0], 1), len(everyones[0]), own.dtype, own.device)
+    options = (running_mean, running_var, momentum, eps, counts)
+    return [
+        torch.batch_norm_gather_stats_with_counts(view, means, inverses, *options)
+        for view, means, inverses in zip(views, everyones[::2], everyones[1::2], strict=True)
+    ]
 
 
 @cache
@@ -276,38 +269,32 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         parts = x.chunk(views)
         joined = _joined_fused(parts, running_mean, running_var, momentum, eps)
-        ctx.save_for_backward(x, weight, *joined)
+        ctx.save_for_backward(x, weight, *sum(joined, ()))
         y = torch.empty_like(x)
-        for part, out, mean, inverse in zip(
-            parts, y.chunk(views), joined[::2], joined[1::2], strict=True
-        ):
-            torch.batch_norm_elemt(part, weight, bias, mean, inverse, eps, out=out)
+        for part, out, mean_and_inverse in zip(parts, y.chunk(views), joined, strict=True):
+            torch.batch_norm_elemt(part, weight, bias, *mean_and_inverse, eps, out=out)
         return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *joined = ctx.saved_tensors
-        if not (dy.dim() == 4 and dy.is_contiguous(memory_format=torch.channels_last)):
-            dy = dy.contiguous()
+        dy = _dense(dy)
         affine = weight is not None
         views = len(joined) // 2
         passes = [*zip(dy.chunk(views), x.chunk(views), joined[::2], joined[1::2], strict=True)]
         own = [
             torch.batch_norm_backward_reduce(*one, weight, True, affine, affine) for one in passes
         ]
-        total = torch.cat([part for sums in own for part in sums[:2]])
+        total = torch.cat([part for one in own for part in one[:2]])
         dist.all_reduce(total)
-        world_size = dist.get_world_size()
-        counts = _counts(_count(x, views), world_size, torch.int32, x.device)
+        counts = _counts(_count(x, views), dist.get_world_size(), torch.int32, x.device)
         sums = total.chunk(2 * views)
         dx = [
-            torch.batch_norm_backward_elemt(*one, weight, *sums[2 * i : 2 * i + 2], counts)
-            for i, one in enumerate(passes)
+            torch.batch_norm_backward_elemt(*one, weight, sum_dy, sum_dy_x, counts)
+            for one, sum_dy, sum_dy_x in zip(passes, sums[::2], sums[1::2], strict=True)
         ]
-        own_weight = own_bias = None
-        if affine:
-            own_weight, own_bias = (
-                sum(parts[1:], parts[0]) for parts in zip(*(sums[2:] for sums in own), strict=True)
-            )
-        none = [None] * 5
-        return (dx[0] if views == 1 else torch.cat(dx)), own_weight, own_bias, *none
+        own_weight, own_bias = (
+            reduce(torch.add, parts) if affine else None
+            for parts in zip(*(one[2:] for one in own), strict=True)
+        )
+        return (dx[0] if views == 1 else torch.cat(dx)), own_weight, own_bias, *[None] * 5

@@ -99,6 +99,8 @@ def test_a_run_ends_and_takes_its_workers_along(what: str) -> None:
 def test_a_stop_for_all_while_workers_start_is_a_stop() -> None:
     """The signal arrives when DataLoader has prepared a worker, and before it calls ours."""
     before = """
+import warnings
+warnings.filterwarnings("ignore", "This DataLoader will create")  # on one core
 set_num_threads = torch.set_num_threads
 def stop_all(number):  # a worker calls it
     os.killpg(0, signal.SIGTERM)
@@ -106,9 +108,7 @@ def stop_all(number):  # a worker calls it
 torch.set_num_threads = stop_all
 """
     done = end_of(loop("pass", before))
-    assert (done.returncode, done.stdout) == (143, "stopped\n"), done.stderr
-    # On one core torch advises against two workers.
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (143, "stopped\n", "")
 
 
 def test_an_error_on_one_of_two_ranks_ends_both(tmp_path: Path) -> None:

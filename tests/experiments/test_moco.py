@@ -42,7 +42,7 @@ def encode(network: MoCo, view: Tensor, order: Tensor, group: int = GROUP) -> Te
     return F.normalize(torch.stack([rows[index] for index in range(len(view))]), dim=1)
 
 
-@pytest.mark.parametrize("regime", ["joint", "dssl"])
+@pytest.mark.parametrize("regime", REGIMES)
 def test_three_steps_against_a_plain_loop(
     regime: Regime, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

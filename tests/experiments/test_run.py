@@ -18,8 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.data.shapes import CLASS_NAMES
 from common.networks.resnet import CifarResNet
 from common.runtime.errors import UserError
-from scripts import ROOT, assert_equal, command_line, metrics, on_two_ranks, run, state
-from simsiam_cifar10.run import Config, main
+from scripts import ROOT, assert_equal, command_line, metrics, on_two_ranks, run, run_here, state
 
 RUN = ROOT / "simsiam_cifar10" / "run.py"
 SMALL = {
@@ -43,11 +42,7 @@ def command(folder: Path, run_dir: Path, *extra: str) -> list[str]:
 
 
 def train(folder: Path, place: Path, **settings: object) -> None:
-    """A run in this process, which is quicker than one as a user types it."""
-    small = {name.replace("-", "_"): value for name, value in SMALL.items()}
-    places = {"data_root": str(folder), "run_dir": str(place)}
-    torch.set_num_threads(1)  # as in the processes it is compared with
-    main(Config(**{**small, "precision": "fp32", **places, **settings}))
+    run_here("simsiam_cifar10", {**SMALL, "data-root": str(folder), **settings}, place)
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from byol_cifar10.model import online_network
 from common.runtime.errors import UserError
 from common.training import run as run_setup
 from published_files import put_cifar
-from scripts import assert_equal, command_line, metrics, on_two_ranks, run, state
+from scripts import assert_equal, command_line, metrics, on_two_ranks, run, run_here, state
 
 EXPERIMENTS = ["simclr_cifar10", "byol_cifar10"]
 SMALL = {
@@ -36,11 +35,7 @@ SMALL = {
 
 
 def train(experiment: str, run_dir: Path, **settings: object) -> None:
-    """A run in this process, which is quicker than one as a user types it."""
-    script = importlib.import_module(f"{experiment}.run")
-    small = {**SMALL, "precision": "fp32", **settings}
-    small = {name.replace("-", "_"): value for name, value in small.items()}
-    script.main(script.Config(**small, run_dir=str(run_dir)))
+    run_here(experiment, {**SMALL, **settings}, run_dir)
 
 
 def assert_target_follows(run_dir: Path, online_passes: int) -> None:

@@ -23,7 +23,17 @@ from common.evaluation import test_runner
 from common.runtime.errors import UserError
 from common.runtime.seeding import epoch_order
 from published_files import put_stl10
-from scripts import assert_equal, command_line, kill, metrics, on_two_ranks, run, start_until, state
+from scripts import (
+    assert_equal,
+    command_line,
+    kill,
+    metrics,
+    on_two_ranks,
+    run,
+    run_here,
+    start_until,
+    state,
+)
 
 EXPERIMENTS = {
     "simsiam_imagenet": {"projector-dim": 16, "predictor-dim": 8},
@@ -67,12 +77,7 @@ def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[s
 
 
 def train(experiment: str, run_dir: Path, **settings: object) -> None:
-    """A run in this process, which is quicker than one as a user types it."""
-    script = importlib.import_module(f"{experiment}.run")
-    small = {**SMALL, **EXPERIMENTS[experiment], "precision": "fp32", **settings}
-    small = {name.replace("-", "_"): value for name, value in small.items()}
-    torch.set_num_threads(1)  # as in the processes it is compared with
-    script.main(script.Config(**small, run_dir=str(run_dir)))
+    run_here(experiment, {**SMALL, **EXPERIMENTS[experiment], **settings}, run_dir)
 
 
 def assert_same_end(ours: Path, theirs: Path) -> None:

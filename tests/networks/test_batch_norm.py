@@ -350,7 +350,7 @@ def test_on_cuda_the_statistics_of_two_processes_are_those_of_the_joined_batch(
     others = torch.cat(torch.batch_norm_stats(other, 1e-5))
     monkeypatch.setattr(module, "_gather", lambda vector: torch.stack([vector, others]))
     averages = torch.zeros(CHANNELS, device="cuda"), torch.ones(CHANNELS, device="cuda")
-    mean, inverse = module._joined_fused([own], *averages, 0.1, 1e-5)
+    ((mean, inverse),) = module._joined_fused([own], *averages, 0.1, 1e-5)
     dims = [0, *range(2, x.dim())]
     var, expected = torch.var_mean(x.double(), dims, correction=0)
     torch.testing.assert_close(mean.cpu().double(), expected, rtol=1e-5, atol=1e-5)
