@@ -8,7 +8,7 @@ project has written (common/networks/weights.py). DIR holds images in any folder
 train/, `--split` chooses between train/ and val/. On every GPU of the machine, or under torchrun.
 
 The file holds `features`, float32 [N, d]; `paths`, the names of the images below DIR, DIR/train or
-DIR/val; and where they are in class folders `labels`, int64 [N], which are places in `class_names`:
+DIR/val; and where they are in class folders `labels`, int64 [N], indices into `class_names`:
 
     file = numpy.load("features.npz")
     features, paths = file["features"], file["paths"]
@@ -55,14 +55,16 @@ class Config:
     pretrained: str  # last.pt or backbone.pt of a run, or a ResNet of another project
     output: str  # the .npz file to write; a file that exists is not overwritten
     # data
-    dataset: Literal["folder", "stl10", "cifar10", "cifar100", "shapes"] = "folder"
+    dataset: Literal["folder", "stl10", "cifar10", "cifar100", "shapes"] = "folder"  # of data_root
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # images in any folders
     split: Literal["train", "val"] = "train"  # of a folder without train/ train is all images
     image_size: Pixels = 224  # pixels; a backbone for 32-px images takes 32
     workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     skip_broken: bool = False  # leave out files that cannot be decoded
     # model
-    stem_stride: Literal[0, 1, 2] = 0  # of a backbone for 32 px; 0: its run's, unknown: 1
+    stem_stride: Literal[0, 1, 2] = (
+        0  # of a backbone for 32 px; 0: by its run's config.json, else 1
+    )
     # run
     seed: Seed = 0  # of shapes
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU

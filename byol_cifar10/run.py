@@ -14,11 +14,11 @@ backbone, optimisation and evaluation are those of simsiam_cifar10, heads and ta
 of byol_harder_aug_imagenet.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-18 over 50,000 images of 32 px
-(baseline and joint: two), and two forward passes of the
-target network.
+(baseline and joint: two), and two forward passes of the target network.
+
 Expected, linear evaluation, top-1, the paper's numbers: baseline 92.2, joint 94.4, dssl 94.7; with
-RandAugment(4, 10) joint 84.1, dssl 94.4; with RandAugment(8, 16) joint collapses, dssl 94.0. None
-of them was measured with this code.
+RandAugment(4, 10) joint 84.1, dssl 94.4; with RandAugment(8, 16) joint collapses, dssl 94.0.
+docs/measured.md says what was measured with this code.
 """
 
 from __future__ import annotations
@@ -71,11 +71,13 @@ class Config:
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1
     randaug_num_ops: NumOps = 2  # N of RandAugment(N, M), the heavy view
     randaug_magnitude: Magnitude = 9  # M, 0..30
-    translate_relative: bool = False  # by M/30 · 100/224 of the side, not M/30 · 100 px
+    translate_relative: bool = (
+        False  # translations of M/30 · 100/224 of the side, not M/30 · 100 px
+    )
     # model
     backbone: CifarDepth = "resnet18"  # with the stem for 32 px
     width: Width = 64  # channels of the backbone's first stage, a multiple of 8
-    stem_stride: Literal[1, 2] = 1  # of the first convolution; 2 costs a quarter, for trials
+    stem_stride: Literal[1, 2] = 1  # of the first convolution; 2: a quarter of the cost, for trials
     hidden_dim: Dimension = 4096  # of projector and predictor
     projector_dim: Dimension = 256  # d, of z and p
     ema_decay: Fraction = 0.99  # of the target network's parameters, after each step
@@ -101,7 +103,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_warmup(config.epochs, config.warmup_epochs)
+    check_warmup(config.epochs, config.warmup_epochs, least_epochs=2)
     run = Run("byol_cifar10", config)
 
     # data

@@ -22,10 +22,11 @@ def whole_augmentation(num_ops: int, magnitude: int) -> RandAugment | None:
 def heavy_augmentation(
     num_ops: int, magnitude: int, image_size: int, crops_again: bool
 ) -> Augmentation:
-    """T̂, applied to a standard view: RandAugment(N, M), a second crop and T, GridShuffle(4).
+    """T̂, applied to a standard view: RandAugment(N, M), a second crop, GridShuffle(4).
 
     Args:
-        crops_again: whether the second T takes part; table 1's BYOL does without.
+        crops_again: whether there is a second crop, with flip, colour jitter, grey and blur; table
+            1's BYOL does without.
     """
     second = [
         RandomResizedCropFlip(image_size, scale=CROP_SCALE),

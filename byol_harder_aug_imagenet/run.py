@@ -11,9 +11,9 @@ was stopped. Edit the settings below, or set any of them on the command line.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
 224 px (baseline and joint: two), and two forward passes of the target network.
+
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 67.8, joint
-60.6, dssl 67.8 (table 1: 67.8, 68.3, 68.3).
-docs/measured.md says what was measured with this code.
+60.6, dssl 67.8 (table 1: 67.8, 68.3, 68.3). None of them was measured with this code.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Config:
     # optimisation
     epochs: Positive = 100  # of the whole schedule
     batch_size: BatchSize = 512  # global, over all processes
-    lr: Rate = 0.1  # for any batch size; cosine, no warm-up
+    lr: Rate = 0.1  # whatever the batch size; cosine, no warm-up
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-4  # on every parameter
     # evaluation

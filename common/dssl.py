@@ -64,7 +64,7 @@ def loss_parts(
         regime: baseline compares the standard views, joint the heavy ones, by L_S; dssl adds to
             the baseline a term L_A for each heavy view, whose target is its standard view.
         pair_loss: ½ of the loss of a prediction (first argument, moves) and a target (second
-            argument, no gradient). It is L_A, and twice of it are L_S.
+            argument, no gradient). L_A is one such term, and L_S is the sum of two.
         reverse_weight: s, 0..1, in the dssl regime: the share of each L_A in which the standard
             view moves and the heavy view is the target.
         target: a view and its z to the target of its pairs, `[B, d]`: z itself, or the output of a
@@ -112,12 +112,11 @@ def loss_parts(
             symmetric = [2 * pair_loss(p_1, target_2)]
         else:
             symmetric = [pair_loss(p_1, target_2), pair_loss(p_2, target_1)]
-        log = {"spread": spread(z_1)}
-        if not (is_directional and s > 0):
-            parts = [Part(loss, {"symmetric": loss.detach()}) for loss in symmetric]
-            parts[0].log.update(log)
-            yield from sums.over(parts)
-            log = {}
+        logs = [{"symmetric": loss.detach()} for loss in symmetric]
+        logs[0]["spread"] = spread(z_1)
+        waits = is_directional and s > 0  # the standard views' predictions move by both terms
+        if not waits:
+            yield from sums.over([Part(*both) for both in zip(symmetric, logs, strict=True)])
         if not is_directional:
             return
 
@@ -126,15 +125,11 @@ def loss_parts(
             parts = []
             for index, (p_heavy, z_heavy) in zip(indices, heavy, strict=True):
                 asymmetric = pair_loss(p_heavy, (target_1, target_2)[index])
-                log["asymmetric"] = asymmetric.detach()
-                parts.append(Part((1 - s) * asymmetric, log))
-                if s > 0:
-                    # The standard view's prediction moves by both terms: it waited for this pass.
-                    p, own = (p_1, p_2)[index], symmetric[index]
-                    reverse = pair_loss(p, target(views[2 + index], z_heavy))
-                    moved = {"symmetric": own.detach(), "reverse": reverse.detach()}
-                    parts.append(Part(own + s * reverse, moved))
-                log = {}
+                parts.append(Part((1 - s) * asymmetric, {"asymmetric": asymmetric.detach()}))
+                if waits:
+                    reverse = pair_loss((p_1, p_2)[index], target(views[2 + index], z_heavy))
+                    log = {**logs[index], "reverse": reverse.detach()}
+                    parts.append(Part(symmetric[index] + s * reverse, log))
             yield from sums.over(parts)
 
 

@@ -16,6 +16,7 @@ and the asymmetric loss in loss.py.
 
 Cost: an epoch of dssl is three forward and backward passes of ResNet-50 over 1.28 million images of
 224 px and two forward passes of the key network (baseline and joint: one and one).
+
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 64.4, joint
 64.2, dssl 65.3.
 docs/measured.md says what was measured with this code.
@@ -93,7 +94,7 @@ class Config:
     # optimisation
     epochs: Positive = 100  # of the whole schedule
     batch_size: BatchSize = 256  # global, over all processes
-    lr: Rate = 0.03  # for any batch size; cosine, no warm-up
+    lr: Rate = 0.03  # whatever the batch size; cosine, no warm-up
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-4  # on every parameter
     # evaluation
@@ -121,14 +122,13 @@ def main(config: Config) -> None:
     require(
         2 <= norm_batch < config.batch_size and share % norm_batch == 0,
         f"--norm-batch must be at least 2, less than --batch-size, and divide the {share} images "
-        "of a process",
+        f"of a process; it is {norm_batch}",
     )
 
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)
     found = find_photographs(*source, "pretraining", run.ranks, config.classes)
-    size = (config.image_size, CROP_SCALE)
-    crops = RandomCrops(found.photographs, 2, *size, config.seed)
+    crops = RandomCrops(found.photographs, 2, config.image_size, CROP_SCALE, config.seed)
     loading = Loading(config.workers, config.prefetch, config.pin_memory, config.skip_broken)
     batches = PhotographBatches(crops, found.fingerprint, config.batch_size, loading, run.ranks)
 
@@ -138,8 +138,7 @@ def main(config: Config) -> None:
 
     # model
     torch.manual_seed(config.seed)
-    heads = (config.hidden_dim, config.projector_dim)
-    network = MoCo(config.backbone, *heads, norm_batch)
+    network = MoCo(config.backbone, config.hidden_dim, config.projector_dim, norm_batch)
     queue = KeyQueue(config.queue_length, config.projector_dim).to(run.device)
     model = run.wrap(network, sync_batch_norm=False)
     key_network = make_target(network)
@@ -173,13 +172,7 @@ def main(config: Config) -> None:
                 keys = ShuffledKeys(key_pass, order, run.ranks)
                 optimiser.zero_grad(set_to_none=True)
                 for part in loss_parts(
-                    model,
-                    forward,
-                    views,
-                    config.regime,
-                    query_loss,
-                    target=keys.of,
-                    one_sided=True,
+                    model, forward, views, config.regime, query_loss, target=keys.of, one_sided=True
                 ):
                     part.loss.backward()
                     training.add(part)

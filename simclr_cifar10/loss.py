@@ -1,8 +1,8 @@
 """SimCLR's pair loss; its L_S is NT-Xent, the directional sum over views `common/dssl.py`'s.
 
 The paper applies its rule to SimCLR without a formula or a script. The form of the asymmetric loss
-(InfoNCE against the standard views of the heavy view's own side) and its weight of ½ are this
-project's reading.
+(InfoNCE of v̂ against the batch's v, of v̂' against its v') and its weight of ½ are this project's
+reading.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ asymmetric loss in loss.py.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
 224 px (baseline and joint: two).
+
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 59.5, joint
 60.0, dssl 60.3.
 docs/measured.md says what was measured with this code.
@@ -37,13 +38,12 @@ from common.dssl import loss_parts
 from common.evaluation.photographs import PhotographEvaluation
 from common.losses.contrastive import nt_xent
 from common.networks.resnet import Depth
-from common.runtime.errors import require
 from common.runtime.precision import Precision
 from common.runtime.repository import REPOSITORY
 from common.runtime.script import run_script
 from common.training.larc import LARC
 from common.training.run import Run
-from common.training.schedule import cosine
+from common.training.schedule import check_warmup, cosine
 from common.training.settings import (
     BatchSize,
     Count,
@@ -59,7 +59,6 @@ from common.training.settings import (
     Seed,
     Temperature,
     Workers,
-    check_settings,
 )
 from common.views import Regime, ViewMaker
 from simclr_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
@@ -109,18 +108,13 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_settings(config)
-    require(
-        config.warmup_epochs < config.epochs,
-        f"--warmup-epochs {config.warmup_epochs} must be less than --epochs {config.epochs}",
-    )
+    check_warmup(config.epochs, config.warmup_epochs)
     run = Run("simclr_imagenet", config, every_gpu=True)
 
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)
     found = find_photographs(*source, "pretraining", run.ranks, config.classes)
-    size = (config.image_size, CROP_SCALE)
-    crops = RandomCrops(found.photographs, 2, *size, config.seed)
+    crops = RandomCrops(found.photographs, 2, config.image_size, CROP_SCALE, config.seed)
     loading = Loading(config.workers, config.prefetch, config.pin_memory, config.skip_broken)
     batches = PhotographBatches(crops, found.fingerprint, config.batch_size, loading, run.ranks)
 

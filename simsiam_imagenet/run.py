@@ -10,6 +10,7 @@ was stopped. Edit the settings below, or set any of them on the command line.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
 224 px (baseline and joint: two).
+
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 67.4, joint
 collapses, dssl 68.6.
 docs/measured.md says what was measured with this code.
@@ -79,7 +80,7 @@ class Config:
     # optimisation
     epochs: Positive = 100  # of the whole schedule
     batch_size: BatchSize = 512  # global, over all processes
-    lr: Rate = 0.1  # for any batch size; cosine, no warm-up
+    lr: Rate = 0.1  # whatever the batch size; cosine, no warm-up
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-4  # on every parameter
     # evaluation
@@ -106,8 +107,7 @@ def main(config: Config) -> None:
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)
     found = find_photographs(*source, "pretraining", run.ranks, config.classes)
-    size = (config.image_size, CROP_SCALE)
-    crops = RandomCrops(found.photographs, 2, *size, config.seed)
+    crops = RandomCrops(found.photographs, 2, config.image_size, CROP_SCALE, config.seed)
     loading = Loading(config.workers, config.prefetch, config.pin_memory, config.skip_broken)
     batches = PhotographBatches(crops, found.fingerprint, config.batch_size, loading, run.ranks)
 

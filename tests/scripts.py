@@ -101,7 +101,7 @@ def assert_equal(ours: object, theirs: object, where: str) -> None:
         assert ours.keys() == theirs.keys(), where
         for key in theirs:
             # Neither where a run is counts, nor the rates in its rows, on which their size depends.
-            if key not in ("run_dir", "metrics", "metrics_bytes"):
+            if key not in ("run_dir", "metrics"):
                 assert_equal(ours[key], theirs[key], f"{where} {key}")
     elif isinstance(theirs, torch.Tensor):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=where)

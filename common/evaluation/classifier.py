@@ -111,7 +111,7 @@ def train_classifier(
     checkpoints: Checkpoints,
     ranks: Ranks,
     stop: StopFlag,
-    way_out: str,
+    remedy: str,
 ) -> None:
     """Train by cross-entropy, from its own last checkpoint where there is one.
 
@@ -124,7 +124,7 @@ def train_classifier(
         identity: plain values, among them "backbone" and "epochs"; a checkpoint with another
             identity is not continued.
         defaults: of values in `identity` that an older version's checkpoint may lack.
-        way_out: what a user can do about a loss that is not finite.
+        remedy: what a user can do about a loss that is not finite.
 
     Raises:
         StopRequested: after a checkpoint, when a signal came.
@@ -167,7 +167,7 @@ def train_classifier(
     )
     for epoch in range(first_epoch, epochs):
         optimiser.param_groups[0]["lr"] = rate(epoch)
-        meter = Meter(ranks, {}, first_step, way_out)
+        meter = Meter(ranks, {}, first_step, remedy)
         for step, features, labels in batches(epoch, first_step):
             losses = classifier_losses(model(features), labels)
             optimiser.zero_grad(set_to_none=True)
@@ -198,5 +198,5 @@ def _require_finished(
     raise UserError(
         f"{checkpoints.last} holds an unfinished classifier with other settings: "
         f"{differences(saved, identity)}. Repeat its settings to continue it, or "
-        f"{checkpoints.way_out}"
+        f"{checkpoints.remedy}"
     )

@@ -104,7 +104,7 @@ def linear_accuracy(
         checkpoints=checkpoints,
         ranks=ranks,
         stop=stop,
-        way_out="--linear-epochs 0 ends the run without it",
+        remedy="--linear-epochs 0 ends the run without it",
     )
     features = extract_features(backbone, test.images, encode_test, ranks, stop.check)
     with torch.no_grad():

@@ -138,22 +138,9 @@ def main(config: Config) -> None:
     classifier = fit(classifier, batches, config, identity, folder, ranks, stop)
 
     # ---------------------------------------------------------------- result
-    result = {"images": len(test_labels)}
+    result: dict[str, Any] = {"images": len(test_labels)}
     if config.epochs:
-        own_labels = test_labels[ranks.rank :: ranks.world_size]
-        right = ranks.sum(count_right(classifier, test_features, own_labels)).tolist()
-        accuracies = [
-            {"top_1": 100 * top_1 / len(test_labels), "top_5": 100 * top_5 / len(test_labels)}
-            for top_1, top_5 in right
-        ]
-        if config.sweep:
-            diverged = classifier.diverged().tolist()
-            result["sweep"] = [
-                {"base_lr": base_lr, **({"diverged": True} if lost else accuracy)}
-                for base_lr, lost, accuracy in zip(config.sweep, diverged, accuracies, strict=True)
-            ]
-        else:
-            result.update(accuracies[0])
+        result |= linear_result(classifier, test_features, test_labels, config.sweep, ranks)
     if config.knn:
         bank = (train_features, bank_labels, len(train.class_names))
         result["knn"] = accuracy_of_features(test_features, test_labels, *bank, ranks)
@@ -203,9 +190,9 @@ def fit(
         UserError: if the loss is not finite, in a sweep every loss.
     """
     # A file for each kind: the others do not overwrite the protocol's classifier, which costs most.
-    kind, classifier, way_out = "linear", start, "try a lower --base-lr"
+    kind, classifier, remedy = "linear", start, "try a lower --base-lr"
     if config.sweep:
-        kind, way_out = "sweep", "try lower rates in --sweep"
+        kind, remedy = "sweep", "try lower rates in --sweep"
         classifier = Classifiers(start, len(config.sweep))
     elif config.cache_features:
         kind = "cached"
@@ -233,9 +220,37 @@ def fit(
         ),
         ranks=ranks,
         stop=stop,
-        way_out=way_out,
+        remedy=remedy,
     )
     return classifier
+
+
+def linear_result(
+    classifier: nn.Module, features: Tensor, labels: Tensor, sweep: tuple[float, ...], ranks: Ranks
+) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy in percent, in a sweep those of each base learning rate.
+
+    Args:
+        classifier: one, or in a sweep `Classifiers`.
+        features: of this rank's share of the images, every world_size-th.
+        labels: int64, of all images.
+        sweep: the base learning rates; empty: no sweep.
+    """
+    own_labels = labels[ranks.rank :: ranks.world_size]
+    right = ranks.sum(count_right(classifier, features, own_labels)).tolist()
+    accuracies = [
+        {"top_1": 100 * top_1 / len(labels), "top_5": 100 * top_5 / len(labels)}
+        for top_1, top_5 in right
+    ]
+    if not sweep:
+        return accuracies[0]
+    rows = zip(sweep, classifier.diverged().tolist(), accuracies, strict=True)
+    return {
+        "sweep": [
+            {"base_lr": base_lr, **({"diverged": True} if lost else accuracy)}
+            for base_lr, lost, accuracy in rows
+        ]
+    }
 
 
 def checksum(state: Mapping[str, Tensor]) -> int:

@@ -12,7 +12,7 @@ COLLAPSED_BELOW = 0.1
 
 @torch.no_grad()
 def spread(z: Tensor) -> Tensor:
-    """The collapse gauge: √d · mean over dimensions of the standard deviation of z/‖z‖.
+    """A measure of collapse: √d · mean over dimensions of the standard deviation of z/‖z‖.
 
     Near 1 when directions are spread evenly over the sphere, 0 when all are equal (figure 2 of
     Chen & He, *Exploring Simple Siamese Representation Learning*, 2021).

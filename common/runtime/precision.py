@@ -13,8 +13,13 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context for forward passes; losses leave it and compute in fp32."""
-    enabled = precision == "bf16" or (precision == "auto" and has_native_bf16(device))
+    enabled = uses_bf16(precision, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether forward passes run in bf16: on request, or by "auto" where the hardware has it."""
+    return precision == "bf16" or (precision == "auto" and has_native_bf16(device))
 
 
 def shared_casts(device: torch.device) -> AbstractContextManager[object]:

@@ -119,7 +119,7 @@ class Ranks:
         return rows if self.world_size == 1 else _JoinBatch.apply(rows, self)
 
     def wait(self) -> None:
-        """Wait until every rank has come this far."""
+        """Wait until every rank reaches this point."""
         if self.world_size > 1:
             dist.barrier()
 

@@ -24,7 +24,7 @@ def run_script(
 ) -> None:
     """Read the command line into a `config_type` and call `main` with it.
 
-    A `UserError`, or an error for want of memory, ends the process with one line on standard error
+    A `UserError`, or an error for lack of memory, ends the process with one line on standard error
     and status 1; a stop request with 128 plus the signal's number.
 
     Args:

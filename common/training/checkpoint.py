@@ -213,7 +213,7 @@ class Checkpoints:
     Args:
         folder: of both files.
         last, previous: their names.
-        way_out: what a user can do if both are damaged.
+        remedy: what a user can do if both are damaged.
     """
 
     def __init__(
@@ -221,11 +221,11 @@ class Checkpoints:
         folder: Path,
         last: str = "last.pt",
         previous: str = "previous.pt",
-        way_out: str = "start a new run with --fresh (nothing is deleted)",
+        remedy: str = "start a new run with --fresh (nothing is deleted)",
     ) -> None:
         self.last = folder / last
         self.previous = folder / previous
-        self.way_out = way_out
+        self.remedy = remedy
         self._last_is_damaged = False
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -281,13 +281,13 @@ class Checkpoints:
                 state = _require_names(content, path)
                 require_entries(state, entries, path)
             except UserError as error:
-                raise UserError(f"{error}; move it to another folder, or {self.way_out}") from error
+                raise UserError(f"{error}; move it to another folder, or {self.remedy}") from error
             for problem in problems:
                 say(f"warning: {problem}; continuing from {path}")
             return state
         if problems:
             raise UserError(
                 f"{'; '.join(problems)}: nothing to continue from; restore a checkpoint, or "
-                f"{self.way_out}"
+                f"{self.remedy}"
             )
         return None

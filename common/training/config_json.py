@@ -17,6 +17,7 @@ import torchvision
 
 from common.runtime.errors import UserError, require
 from common.runtime.files import write_whole
+from common.runtime.precision import uses_bf16
 from common.runtime.ranks import Ranks
 from common.runtime.repository import git_commit
 from common.training.checkpoint import differences
@@ -89,12 +90,12 @@ def require_same_settings(
     unlike = [name for name in newer if name in now and now[name] != then[name]]
     if unlike:
         changed += f"; the run is older than {', '.join(unlike)}: only the defaults continue it"
-    way_out = "Repeat its settings to continue it"
+    remedy = "Repeat its settings to continue it"
     if then.keys() - now:
-        way_out = "Continue it with the version that began it (config.json has the commit)"
+        remedy = "Continue it with the version that began it (config.json has the commit)"
     require(
         not changed,
-        f"{folder} holds a run with other settings: {changed}. {way_out}, choose another "
+        f"{folder} holds a run with other settings: {changed}. {remedy}, choose another "
         "--run-dir, or start a new run with --fresh (nothing is deleted)",
     )
     return newer
@@ -144,8 +145,11 @@ def require_run_or_empty(folder: Path) -> None:
     )
 
 
-def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> None:
+def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
     """Write the settings, and add this start to the earlier ones.
+
+    Returns:
+        All starts.
 
     Raises:
         OSError: if it cannot be written.
@@ -156,6 +160,7 @@ def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> None:
         "git_commit": git_commit(),
         "device": _device_name(ranks),
         "processes": ranks.world_size,
+        "precision": "bf16" if uses_bf16(config["precision"], ranks.device) else "fp32",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -166,6 +171,7 @@ def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> None:
     starts = [*(read_starts(path) or []), start]
     text = json.dumps({"config": dict(config), "starts": starts}, indent=2)
     write_whole(path, (text + "\n").encode())
+    return starts
 
 
 def _device_name(ranks: Ranks) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +60,6 @@ class LARC(torch.optim.Optimizer):
             "adapts": adapts,
         }
         super().__init__(params, defaults)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # of a checkpoint from before the option
-            group.setdefault("adapts", True)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks, send
 
-WAY_OUT = (
+REMEDY = (
     "the checkpoint before it is kept. Start a new run with --fresh and a lower learning rate, or "
     "with --precision fp32"
 )
@@ -27,7 +27,7 @@ def require_finite(network: nn.Module) -> None:
     """
     for name, value in itertools.chain(network.named_parameters(), network.named_buffers()):
         if not value.isfinite().all():
-            raise UserError(f"the weights {name} are no longer finite; {WAY_OUT}")
+            raise UserError(f"the weights {name} are no longer finite; {REMEDY}")
 
 
 class Pending(NamedTuple):
@@ -49,16 +49,16 @@ class Meter:
     Args:
         ranks: this process's place.
         sums, steps: of the epoch's steps before the run was continued.
-        way_out: what a user can do about a loss that is not finite.
+        remedy: what a user can do about a loss that is not finite.
     """
 
     def __init__(
-        self, ranks: Ranks, sums: Mapping[str, float], steps: int, way_out: str = WAY_OUT
+        self, ranks: Ranks, sums: Mapping[str, float], steps: int, remedy: str = REMEDY
     ) -> None:
         self.ranks = ranks
         self.sums = dict(sums)
         self.steps = steps
-        self.way_out = way_out
+        self.remedy = remedy
         self.latest: dict[str, float] = {}
         self._requested: set[str] = set()
         self._current: list[tuple[str, Tensor]] = []
@@ -114,7 +114,7 @@ class Meter:
             value = total / self.ranks.world_size
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {name} became {value} in step {self.steps} of this epoch; {self.way_out}"
+                    f"the {name} became {value} in step {self.steps} of this epoch; {self.remedy}"
                 )
             self.latest[name] += value
             self.sums[name] = self.sums.get(name, 0.0) + value

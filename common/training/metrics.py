@@ -37,17 +37,16 @@ class Metrics:
         """All rows, in the order in which they were appended."""
         return [json.loads(line) for line in self.text.splitlines()]
 
-    def start(self, saved: str | None, size: int) -> None:
+    def start(self, saved: str) -> None:
         """Take over the rows of a checkpoint; rows that came after it are removed from the file.
 
         Args:
-            saved: the rows' text; None in checkpoints of older versions, which know only its size.
-            size: in bytes.
+            saved: the rows' text.
 
         Raises:
             OSError: if the file cannot be written.
         """
-        self.text = self._readable(size) if saved is None else saved
+        self.text = saved
         self._written = self.size
         self.flush()
 
@@ -93,19 +92,6 @@ class Metrics:
         self.path.replace(aside)
         return f", and what it held was moved to {aside.name}"
 
-    def _readable(self, size: int) -> str:
-        """The rows in the first `size` bytes of the file, without damaged lines."""
-        content = self._read() or b""
-        # Older versions filled a file that had been deleted with NUL bytes.
-        lines = content[:size].replace(b"\0", b"").splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _is_row(line))
-        if len(kept) != size:
-            self.tell(
-                f"warning: {self.path} has {len(kept)} readable bytes of rows where the checkpoint "
-                f"counts {size}: rows are missing, and this checkpoint has no copy of them"
-            )
-        return kept.decode()
-
 
 def append_once(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a file, unless the same one is the last: a command was typed again.
@@ -130,14 +116,6 @@ def _damage(found: bytes | None, expected: bytes) -> str:
     pairs = zip(found.splitlines(), expected.splitlines(), strict=False)
     lines = [number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs]
     return f"was changed{f' in line {lines[0]}' if lines else ''}"
-
-
-def _is_row(line: bytes) -> bool:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and isinstance(row.get("epoch"), int) and line.endswith(b"\n")
 
 
 def first_free(path: Path) -> Path:

@@ -64,7 +64,7 @@ class Progress:
                 f"the run was started with {self.images} training images, now there are {count}; "
                 "give it the same data, or another --run-dir"
             )
-        if self.fingerprint not in ("", fingerprint):  # older checkpoints have none
+        if self.fingerprint != fingerprint:
             raise UserError(
                 f"the run was started with other training images ({self.fingerprint}), now there "
                 f"are {fingerprint}: files were renamed or replaced; give it the same data, or "

@@ -95,7 +95,7 @@ class Run:
         return compiled(function, self.device) if self.config.compile else function
 
     def autocast(self) -> torch.autocast:
-        """The context for forward passes, of the precision that was asked for."""
+        """The context for forward passes, of the requested precision."""
         return autocast(self.config.precision, self.device)
 
     def training(
@@ -104,8 +104,9 @@ class Run:
         """The bookkeeping of the run's steps, continued from the last checkpoint if there is one.
 
         Args:
-            parts: what a checkpoint holds, by name: the network as "model", the optimiser as
-                "optimiser", and whatever else changes with the steps.
+            parts: what a checkpoint holds, by name: the network as "model" (with a `backbone`,
+                which has a `feature_dim`), the optimiser as "optimiser", and whatever else changes
+                with the steps.
             batches: the images.
             view_maker: whose views are drawn into views.png, and compiled with `--compile`.
         """

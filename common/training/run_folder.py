@@ -63,7 +63,7 @@ class RunLog:
         self.config_path = folder / "config.json"
         self.metrics = Metrics(folder / "metrics.jsonl", self.tell)
         self._board = Board(folder / "tensorboard", self.tell)
-        self._saved_rows: str | None = ""  # of the checkpoint; None: it has no copy of them
+        self._saved_rows = ""  # of the checkpoint
         self._waiting: dict[str, memoryview] = {}  # files that a full disk did not take
         self._warned = False
         self._lock: FolderLock | None = None
@@ -102,9 +102,9 @@ class RunLog:
         if self.fresh:
             return None
         read_starts(self.config_path)  # refuses the folder of another program
-        state = self.checkpoints.load({"config": dict, "metrics_bytes": int, "progress": dict})
+        state = self.checkpoints.load({"config": dict, "metrics": str, "progress": dict})
         require(
-            self.ranks.agree(state and (state["progress"], state["metrics_bytes"])),
+            self.ranks.agree(state and (state["progress"], state["metrics"])),
             f"not every process finds the same checkpoint in {self.folder}; put --run-dir on a "
             "file system that all machines share",
         )
@@ -119,19 +119,17 @@ class RunLog:
         newer = require_same_settings(state["config"], self.config, self.defaults, self.folder)
         if newer:
             self.tell(f"The run is older than these settings: {', '.join(newer)}")
-        rows = state.get("metrics")
-        self._saved_rows = rows if isinstance(rows, str) else None
+        self._saved_rows = state["metrics"]
         known = state["progress"].get("best_knn")
         if known is not None:
             best = best_accuracy(self.folder / "best.pt", known, self.tell)
             state["progress"]["best_knn"] = best
         return state
 
-    def open(self, metrics_bytes: int, next_epoch: int) -> None:
+    def open(self, next_epoch: int) -> None:
         """Start logging where the checkpoint ends.
 
         Args:
-            metrics_bytes: size of the checkpoint's rows of metrics.jsonl; 0: none.
             next_epoch: TensorBoard's events of this epoch and of later ones are invalidated.
         """
         if not self.ranks.is_main:
@@ -140,10 +138,16 @@ class RunLog:
             if self.fresh:
                 self._move_aside()
             is_damaged = self.config_path.exists() and read_starts(self.config_path) is None
-            write_config(self.config_path, self.config, self.ranks)
+            starts = write_config(self.config_path, self.config, self.ranks)
             if is_damaged:
                 self.tell(f"warning: {self.config_path} was damaged; earlier starts are lost")
-            self.metrics.start(self._saved_rows if metrics_bytes else "", metrics_bytes)
+            *_, before, now = [None, *(start.get("precision") for start in starts)]
+            if next_epoch and before not in (None, now):
+                self.tell(
+                    f"warning: the run was in {before} until now and continues in {now}, because "
+                    "--precision auto follows the hardware"
+                )
+            self.metrics.start(self._saved_rows)
             self._board.start(self.metrics.rows(), next_epoch)
         except OSError as error:
             raise UserError(
@@ -221,8 +225,8 @@ class RunLog:
         """
 
         def write(path: Path) -> None:
-            metrics = {"metrics": self.metrics.text, "metrics_bytes": self.metrics.size}
-            self.checkpoints.save({**state, "config": self.config, **metrics})
+            own = {"config": self.config, "metrics": self.metrics.text}
+            self.checkpoints.save({**state, **own})
             self.metrics.flush()
 
         if self._guard(self.checkpoints.last.name, write, must):

@@ -20,8 +20,7 @@ def warmup_cosine(epoch: int, epochs: int, warmup_epochs: int, peak: float) -> f
     """
     if epoch < warmup_epochs:
         return peak * epoch / (warmup_epochs - 1)
-    share = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return peak * 0.5 * (1 + math.cos(math.pi * share))
+    return cosine(epoch, epochs, peak, warmup_epochs)
 
 
 def cosine(epoch: int, epochs: int, peak: float, warmup_epochs: int = 0) -> float:
@@ -42,13 +41,16 @@ def cosine(epoch: int, epochs: int, peak: float, warmup_epochs: int = 0) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def check_warmup(epochs: int, warmup_epochs: int) -> None:
-    """Refuse lengths that `warmup_cosine` cannot have.
+def check_warmup(epochs: int, warmup_epochs: int, least_epochs: int = 1) -> None:
+    """Refuse lengths that a schedule cannot have.
+
+    Args:
+        least_epochs: 2 for `warmup_cosine`, whose last epoch has a learning rate of 0.
 
     Raises:
-        UserError: for fewer than 2 epochs, or a warm-up as long as all of them.
+        UserError: for fewer epochs than these, or a warm-up as long as all of them.
     """
-    require(epochs >= 2, "--epochs must be at least 2: in the last one the learning rate is 0")
+    require(epochs >= least_epochs, f"--epochs must be at least {least_epochs}")
     require(
         warmup_epochs < epochs,
         f"--warmup-epochs {warmup_epochs} must be less than --epochs {epochs}",

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.data.batches import Batch, Batches
 from common.dssl import Part
-from common.runtime.errors import StopRequested
+from common.runtime.errors import StopRequested, require
 from common.runtime.precision import shared_casts
 from common.runtime.ranks import Ranks
 from common.training.checkpoint import Stateful, restore
@@ -48,7 +48,8 @@ class Training:
     A stop request ends the `with` after a checkpoint. Arguments as in `Run.training`.
 
     Raises:
-        UserError: if the checkpoint is of other images, or the folder cannot be written.
+        UserError: if the network has no backbone of known `feature_dim`, the checkpoint is of other
+            images, or the folder cannot be written.
     """
 
     def __init__(
@@ -61,6 +62,11 @@ class Training:
         batches: Batches,
         view_maker: ViewMaker,
     ) -> None:
+        require(
+            hasattr(getattr(parts["model"], "backbone", None), "feature_dim"),
+            "the network needs `backbone`, which maps images to features `[B, d]`, with "
+            "`backbone.feature_dim` = d: kNN, linear evaluation and backbone.pt are of it",
+        )
         self.config = config
         self.ranks = ranks
         self.log = log
@@ -79,7 +85,7 @@ class Training:
             self.progress.check_images(len(batches), batches.fingerprint)
             restore(parts, saved, log.checkpoints.last)
         self.progress.images, self.progress.fingerprint = len(batches), batches.fingerprint
-        log.open(saved["metrics_bytes"] if saved else 0, self.progress.epoch)
+        log.open(self.progress.epoch)
         self.meter = Meter(ranks, self.progress.sums, self.progress.step)
         if self.progress.epoch == 0 and ranks.is_main:
             shown, batch = batches.examples(PICTURED)

@@ -79,6 +79,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     settings = json.loads((whole_run / "config.json").read_text())
     assert settings["config"]["regime"] == "dssl"
     assert settings["starts"][0]["versions"]["torch"] == torch.__version__
+    assert settings["starts"][0]["precision"] == "fp32"
     width, height = Image.open(whole_run / "views.png").size
     assert width > 10 * 96
     assert height > 5 * 96

@@ -172,7 +172,7 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
     # Folders of its own for each rank, as on machines without a common file system.
     log = RunLog(folder / f"run{rank}", {}, {}, False, ranks)
     if ranks.is_main:
-        log.checkpoints.save({"config": {}, "metrics_bytes": 0, "progress": {"epoch": 50}})
+        log.checkpoints.save({"config": {}, "metrics": "", "progress": {"epoch": 50}})
     result["folder"] = str(log.folder)
     try:
         log.load_checkpoint()

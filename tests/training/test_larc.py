@@ -193,16 +193,6 @@ def test_a_group_that_does_not_adapt_is_plain_sgd() -> None:
     assert_close(params[1:], [p.detach().numpy() for p in others])
 
 
-def test_a_checkpoint_from_before_the_option_adapts() -> None:
-    params = parameters(random_tensors(0))
-    optimiser = LARC(params, 1.0, 0.9)
-    state = optimiser.state_dict()
-    del state["param_groups"][0]["adapts"]
-    optimiser.load_state_dict(state)
-    step(optimiser, params, random_tensors(1))
-    assert_close(params, by_hand(random_tensors(0), [random_tensors(1)], [1], 0.9, 0))
-
-
 def test_stacked_models_are_each_trained_as_alone() -> None:
     models = [random_tensors(10 + k, scale=10.0 ** (k - 1)) for k in range(3)]
     grads = [[random_tensors(20 + 3 * i + k) for k in range(3)] for i in range(4)]

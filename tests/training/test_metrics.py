@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def told() -> list[str]:
 def metrics(tmp_path: Path, told: list[str]) -> Metrics:
     """With both rows, written."""
     metrics = Metrics(tmp_path / "metrics.jsonl", told.append)
-    metrics.start("", 0)
+    metrics.start("")
     for row in ROWS:
         metrics.append(row)
         metrics.flush()
@@ -105,7 +104,7 @@ def test_during_a_run(event: str, metrics: Metrics, told: list[str]) -> None:
 def test_between_two_starts(event: str, metrics: Metrics, told: list[str]) -> None:
     EVENTS[event][0](metrics.path)
     again = Metrics(metrics.path, told.append)
-    again.start(TEXT.decode(), len(TEXT))
+    again.start(TEXT.decode())
     assert_restored(again, told, event, LINES)
     assert again.rows() == ROWS
 
@@ -116,7 +115,7 @@ def test_what_came_after_the_checkpoint_is_removed_without_a_warning(
     with metrics.path.open("ab") as file:
         file.write(b'{"epoch": 3, "lo')  # a kill within a row
     again = Metrics(metrics.path, told.append)
-    again.start(LINES[0].decode(), len(LINES[0]))
+    again.start(LINES[0].decode())
     assert metrics.path.read_bytes() == LINES[0]
     assert told == []
 
@@ -128,33 +127,6 @@ def test_a_reader_keeps_its_file(metrics: Metrics) -> None:
         metrics.append({"epoch": 3})
         metrics.flush()
         assert reader.read() == b'{"epoch": 3}\n'
-
-
-# Of a checkpoint without a copy of the rows: what the file holds and which rows are kept.
-OLDER = {
-    "whole": (TEXT, LINES),
-    "longer": (TEXT + b'{"epoch": 3}\n', LINES),
-    "deleted": (None, []),
-    "cut": (TEXT[:-5], LINES[:1]),
-    "zeros": (bytes(len(LINES[0])) + LINES[1], LINES[1:]),
-    "garbage": (b"\xff" * (len(LINES[0]) - 1) + b"\n" + LINES[1], LINES[1:]),
-    "a number": (b"1" * (len(LINES[0]) - 1) + b"\n" + LINES[1], LINES[1:]),
-}
-
-
-@pytest.mark.parametrize("case", OLDER)
-def test_a_checkpoint_of_an_older_version(case: str, tmp_path: Path, told: list[str]) -> None:
-    content, rows = OLDER[case]
-    metrics = Metrics(tmp_path / "metrics.jsonl", told.append)
-    if content is not None:
-        metrics.path.write_bytes(content)
-    metrics.start(None, len(TEXT))
-    assert metrics.path.read_bytes() == b"".join(rows)
-    assert metrics.rows() == [json.loads(row) for row in rows]
-    assert bool(told) == (rows != LINES)
-    if told:
-        kept = sum(map(len, rows))
-        assert f"has {kept} readable bytes of rows where the checkpoint counts 53" in told[0]
 
 
 def test_nothing_waits_for_a_pipe(metrics: Metrics, told: list[str]) -> None:

@@ -25,7 +25,7 @@ import torchvision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.runtime import repository
+from common.runtime import precision, repository
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from common.training.checkpoint import read_checkpoint
@@ -98,7 +98,7 @@ def run_epochs(
     """A process that continues the run through some epochs and ends without a word."""
     log = open_log(folder)
     saved = log.load_checkpoint()
-    log.open(saved["metrics_bytes"] if saved else 0, saved["progress"]["epoch"] if saved else 0)
+    log.open(saved["progress"]["epoch"] if saved else 0)
     for epoch in epochs:
         log.write(epoch, {"loss": values + epoch})
         if epoch == checkpoint_after:
@@ -137,12 +137,12 @@ def test_metrics_are_cut_to_the_checkpoints_length_to_the_byte(folder: Path) -> 
     run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=1)
     text = (folder / "metrics.jsonl").read_bytes()
     first_row = text[: text.index(b"\n") + 1]
-    assert read_checkpoint(folder / "last.pt")["metrics_bytes"] == len(first_row)
+    assert read_checkpoint(folder / "last.pt")["metrics"].encode() == first_row
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"epoch": 3, "lo')  # the process was killed in the middle of a row
     log = open_log(folder)
     log.load_checkpoint()
-    log.open(len(first_row), 2)
+    log.open(2)
     assert (folder / "metrics.jsonl").read_bytes() == first_row
     log.write(2, {"loss": 1.0})
     assert (folder / "metrics.jsonl").read_bytes() == first_row + b'{"epoch": 2, "loss": 1.0}\n'
@@ -150,7 +150,7 @@ def test_metrics_are_cut_to_the_checkpoints_length_to_the_byte(folder: Path) -> 
 
 def test_a_checkpoint_holds_state_settings_and_the_log_s_length(folder: Path) -> None:
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.write(1, {"loss": 0.5})
     log.save({**at(2), "model": {"weight": torch.arange(3)}})
     log.write(2, {"loss": 0.25})
@@ -162,18 +162,34 @@ def test_a_checkpoint_holds_state_settings_and_the_log_s_length(folder: Path) ->
     )
     for name, length, rows in (("last.pt", 4, both), ("previous.pt", 3, one)):
         state = read_checkpoint(folder / name)
-        assert state.keys() == {"progress", "model", "config", "metrics_bytes", "metrics"}
+        assert state.keys() == {"progress", "model", "config", "metrics"}
         assert torch.equal(state["model"]["weight"], torch.arange(length))
         assert state["config"] == SETTINGS
         assert state["metrics"] == rows
-        assert state["metrics_bytes"] == len(rows)
     assert read_checkpoint(folder / "best.pt") == {"knn": 12.5}
+
+
+def test_another_precision_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor of another kind, which `--precision auto` follows."""
+    told = []
+    for is_native in (True, False, False):
+        monkeypatch.setattr(precision, "has_native_bf16", lambda _, answer=is_native: answer)
+        log = open_log(folder, {**SETTINGS, "precision": "auto"})
+        log.tell = told.append
+        log.load_checkpoint()
+        log.open(1)
+        log.save(at(1))
+        log.close()
+    starts = json.loads((folder / "config.json").read_text())["starts"]
+    assert [start["precision"] for start in starts] == ["bf16", "fp32", "fp32"]
+    (line,) = told
+    assert "in bf16 until now and continues in fp32" in line
 
 
 def test_the_picture(folder: Path) -> None:
     pixels = numpy.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=numpy.uint8)
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.picture("views", Image.fromarray(pixels), 0)
     assert (numpy.asarray(Image.open(folder / "views.png")) == pixels).all()
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -185,13 +201,13 @@ def test_other_ranks_write_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = open_log(folder)
-    main.open(0, 0)
+    main.open(0)
     main.write(1, {"loss": 1.5})
     main.save(at(2))
     before = contents(folder)
     log = open_log(folder, ranks=NOT_MAIN)
     assert log.load_checkpoint()["progress"]["epoch"] == 2  # reading is every rank's
-    log.open(0, 0)
+    log.open(0)
     log.write(1, {"loss": 0.5})
     log.save(at(1), must=True)
     log.save_file("best.pt", {}, must=True)
@@ -215,7 +231,8 @@ def test_a_kill_between_the_last_row_and_its_checkpoint_shows_the_row_once(folde
     for _ in range(2):  # the first is killed after it
         wait_for_the_next_second()
         log = open_log(folder)
-        log.open(log.load_checkpoint()["metrics_bytes"], 3)
+        log.load_checkpoint()
+        log.open(3)
         finish(log)
         log.close()
     assert rows_of(folder) == [
@@ -228,7 +245,7 @@ def test_a_kill_between_the_last_row_and_its_checkpoint_shows_the_row_once(folde
 
 def test_the_untrained_row_and_the_picture_stay_when_epoch_1_is_done_again(folder: Path) -> None:
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.picture("views", Image.new("RGB", (3, 2)), 0)
     log.write(0, {"knn": 10.0})
     log.save(at(1))
@@ -236,7 +253,8 @@ def test_the_untrained_row_and_the_picture_stay_when_epoch_1_is_done_again(folde
     log.close()
     wait_for_the_next_second()
     log = open_log(folder)
-    log.open(log.load_checkpoint()["metrics_bytes"], 1)
+    log.load_checkpoint()
+    log.open(1)
     log.write(1, {"knn": 30.0})
     log.close()
     assert events_of(folder) == {"knn": [(0, 10.0), (1, 30.0)]}
@@ -274,7 +292,7 @@ def test_a_folder_that_disappears_is_made_again(
     event: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.write(1, {"loss": 1.5})
     log.save(at(2))
     before = contents(folder)
@@ -301,7 +319,7 @@ def test_a_folder_that_disappears_is_made_again(
 
 def test_a_folder_that_was_made_again_is_locked(folder: Path) -> None:
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     shutil.rmtree(folder)
     log.write(1, {"loss": 1.5})
 
@@ -317,7 +335,7 @@ def test_only_the_lock_deleted_changes_nothing_else(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.write(1, {"loss": 1.5})
     before = contents(folder)
     (folder / ".lock").unlink()
@@ -329,11 +347,11 @@ def test_only_the_lock_deleted_changes_nothing_else(
 
 def test_a_run_does_not_continue_in_another_run_s_folder(folder: Path) -> None:
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.save(at(1))
     folder.rename(folder.parent / "elsewhere")
     other = open_log(folder)
-    other.open(0, 0)
+    other.open(0)
     other.close()
     before = contents(folder)
     with pytest.raises(UserError, match="rename this run's folder back"):
@@ -348,7 +366,7 @@ def test_a_run_does_not_continue_in_another_run_s_folder(folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_again_stops_the_run(folder: Path) -> None:
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     shutil.rmtree(folder.parent)
     folder.parent.write_text("a file")
     for use in (lambda: log.save(at(1)), lambda: log.write(1, {"loss": 0.5})):
@@ -423,7 +441,7 @@ def test_the_same_settings_continue(folder: Path) -> None:
 
 
 def test_another_number_of_images_is_refused() -> None:
-    Progress(images=50_000).check_images(50_000, "new")
+    Progress(images=50_000, fingerprint="same").check_images(50_000, "same")
     with pytest.raises(UserError, match=r"with 50000 training images, now there are 49999"):
         Progress(images=50_000).check_images(49_999, "new")
 
@@ -454,7 +472,7 @@ def test_another_version_s_progress_is_refused(wrong: dict[Any, Any]) -> None:
 
 def test_config_json_says_what_ran_where(folder: Path) -> None:
     before = datetime.now(timezone.utc).replace(microsecond=0)
-    open_log(folder).open(0, 0)
+    open_log(folder).open(0)
     written = json.loads((folder / "config.json").read_text())
     assert written.keys() == {"config", "starts"}
     assert written["config"] == SETTINGS
@@ -472,8 +490,8 @@ def test_config_json_says_what_ran_where(folder: Path) -> None:
 
 
 def test_config_json_keeps_the_starts_and_the_latest_settings(folder: Path) -> None:
-    open_log(folder).open(0, 0)
-    open_log(folder, {**SETTINGS, "knn_every": 5}).open(0, 0)
+    open_log(folder).open(0)
+    open_log(folder, {**SETTINGS, "knn_every": 5}).open(0)
     written = json.loads((folder / "config.json").read_text())
     assert len(written["starts"]) == 2
     assert written["config"] == {**SETTINGS, "knn_every": 5}
@@ -483,9 +501,9 @@ def test_config_json_keeps_the_starts_and_the_latest_settings(folder: Path) -> N
 def test_a_damaged_config_json_is_written_again(
     content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    open_log(folder).open(0, 0)
+    open_log(folder).open(0)
     (folder / "config.json").write_bytes(content)
-    open_log(folder).open(0, 0)
+    open_log(folder).open(0)
     assert "config.json was damaged; earlier starts are lost" in capsys.readouterr().out
     written = json.loads((folder / "config.json").read_text())
     assert written["config"] == SETTINGS
@@ -542,7 +560,7 @@ def test_the_commit_is_recorded_and_whether_files_differ(
     for name in ("heads/main", "tags/v1.0"):  # a tag does not stand in for the commit
         (tmp_path / ".git" / "refs" / name).write_text(commit + "\n")
 
-    open_log(folder).open(0, 0)
+    open_log(folder).open(0)
     (start,) = json.loads((folder / "config.json").read_text())["starts"]
     assert start["git_commit"] == commit + "-dirty" * is_dirty
 
@@ -556,25 +574,25 @@ def test_fresh_moves_aside_and_deletes_nothing(
     run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
     first = contents(folder)
     assert {"config.json", "metrics.jsonl", "last.pt"} < first.keys()
-    log = open_log(folder, {"another": "experiment"}, fresh=True)
+    log = open_log(folder, {**SETTINGS, "another": "setting"}, fresh=True)
     assert log.load_checkpoint() is None
     assert contents(folder) == first, "nothing moves before the run is sure to start"
     capsys.readouterr()
-    log.open(0, 0)
+    log.open(0)
     assert capsys.readouterr().out == f"The earlier run was moved to {folder}.1.\n"
     assert contents(folder.parent / "a run.1") == first
     log.close()
     second = contents(folder)
     assert "last.pt" not in second
     log = open_log(folder, fresh=True)
-    log.open(0, 0)
+    log.open(0)
     log.close()
     assert files(folder.parent) == ["a run", "a run.1", "a run.2"]
     assert contents(folder.parent / "a run.1") == first
     assert contents(folder.parent / "a run.2") == second
     capsys.readouterr()
     log = open_log(folder.parent / "new", fresh=True)
-    log.open(0, 0)  # nothing to move
+    log.open(0)  # nothing to move
     assert files(folder.parent) == ["a run", "a run.1", "a run.2", "new"]
     assert capsys.readouterr().out == ""
 
@@ -595,7 +613,7 @@ def test_fresh_moves_a_run_with_a_damaged_config_json(folder: Path) -> None:
     run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
     (folder / "config.json").write_text("")
     before = contents(folder)
-    open_log(folder, fresh=True).open(0, 0)
+    open_log(folder, fresh=True).open(0)
     assert contents(folder.parent / "a run.1") == before
 
 
@@ -610,7 +628,7 @@ def test_links_are_not_written_through(name: str, folder: Path) -> None:
             open_log(folder)
         (folder / ".lock").unlink()
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.picture("views", Image.new("RGB", (2, 2)), 0)
     log.save(at(1))
     assert precious.read_text() == "precious"
@@ -627,7 +645,7 @@ def test_nothing_waits_for_a_pipe(name: str, folder: Path) -> None:
         try:
             log = open_log(folder)
             log.load_checkpoint()
-            log.open(0, 0)
+            log.open(0)
         except UserError as error:
             return str(error)
         return None
@@ -657,7 +675,7 @@ def test_another_process_is_refused_until_the_first_is_gone(
 
     def hold() -> None:
         log = open_log(folder, fresh=fresh_before)
-        log.open(0, 0)
+        log.open(0)
         sending.send("it is mine")
         time.sleep(60)
 
@@ -727,7 +745,7 @@ def test_rows_wait_for_room(folder: Path) -> None:
 
     def run_out_of_room() -> tuple[bytes, list[str]]:
         log = open_log(folder)
-        log.open(0, 0)
+        log.open(0)
         log.write(1, {"loss": 0.5})
         limit_files_to(log.metrics.size + 5)
         log.write(2, {"loss": 0.25})
@@ -751,7 +769,7 @@ def test_rows_wait_for_room(folder: Path) -> None:
 def test_rows_that_waited_come_with_the_checkpoint(folder: Path) -> None:
     def run_out_of_room() -> None:
         log = open_log(folder)
-        log.open(0, 0)
+        log.open(0)
         log.write(1, {"loss": 0.5})
         limit_files_to(log.metrics.size)
         log.write(2, {"loss": 0.25})
@@ -760,8 +778,8 @@ def test_rows_that_waited_come_with_the_checkpoint(folder: Path) -> None:
 
     in_child(run_out_of_room)
     assert [row["epoch"] for row in rows_of(folder)] == [1, 2]
-    size = (folder / "metrics.jsonl").stat().st_size
-    assert read_checkpoint(folder / "last.pt")["metrics_bytes"] == size
+    rows = (folder / "metrics.jsonl").read_text()
+    assert read_checkpoint(folder / "last.pt")["metrics"] == rows
 
 
 def test_a_checkpoint_on_a_full_disk(folder: Path) -> None:
@@ -771,7 +789,7 @@ def test_a_checkpoint_on_a_full_disk(folder: Path) -> None:
         log = open_log(folder)
         told: list[str] = []
         log.tell = told.append
-        log.open(0, 0)
+        log.open(0)
         log.save(at(1))
         log.save_file("best.pt", at(1))
         limit_files_to(500)
@@ -800,7 +818,7 @@ def test_a_best_network_that_did_not_fit_is_written_with_a_later_checkpoint(fold
 
     def run_out_of_room() -> list[str]:
         log = open_log(folder)
-        log.open(0, 0)
+        log.open(0)
         limit_files_to(10_000)
         log.save_file("best.pt", {"weights": weights, "knn": 20.0})
         weights.zero_()  # training goes on
@@ -835,7 +853,7 @@ def test_the_best_accuracy_is_the_one_in_the_file(
 ) -> None:
     content, expected, problem = BEST[case]
     log = open_log(folder)
-    log.open(0, 0)
+    log.open(0)
     log.save({"progress": {"epoch": 3, "best_knn": 30.0}})
     if isinstance(content, bytes):
         (folder / "best.pt").write_bytes(content)
