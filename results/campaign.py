@@ -54,8 +54,7 @@ def flags(**values: object) -> dict[str, object]:
 
 # ---------------------------------------------------------------- what is trained
 
-# One recipe for every method and regime, found with SimSiam's baseline, which learns slowest; only
-# the heads differ.
+# One recipe for every method and regime, found with SimSiam's baseline; only the heads differ.
 MINIATURE = flags(
     backbone="resnet10",
     stem_stride=2,
