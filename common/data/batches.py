@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -38,7 +38,7 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """How many images there are."""
 
-    def epoch(self, epoch: int, first_step: int, steps: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first_step: int, steps: int) -> Generator[Batch, None, None]:
         """The batches of the steps first_step..steps − 1 of an epoch, in its random order.
 
         They depend on the seed and the epoch only, and a last partial batch is left out.
@@ -69,7 +69,7 @@ class ImageBatches:
     def __len__(self) -> int:
         return len(self.images)
 
-    def epoch(self, epoch: int, first_step: int, steps: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first_step: int, steps: int) -> Generator[Batch, None, None]:
         order = epoch_order(len(self.images), self.seed, epoch).to(self.images.device)
         for step in range(first_step, steps):
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -112,7 +112,7 @@ class PhotographBatches:
     def __len__(self) -> int:
         return len(self.crops)
 
-    def epoch(self, epoch: int, first_step: int, steps: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first_step: int, steps: int) -> Generator[Batch, None, None]:
         for step, (first, second), _ in self.loader.epoch(epoch, first_step, steps):
             key = (self.crops.seed, epoch, step)
             yield Batch(first, second, key, self.batch_size, self.rows)

@@ -25,7 +25,7 @@ from common.data.listing import (
 )
 from common.data.shapes import CLASS_NAMES, shapes_split
 from common.runtime.cores import usable_cores
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, require
 from common.runtime.ranks import Ranks
 
 Dataset = Literal["cifar10", "cifar100", "folder", "shapes"]
@@ -149,6 +149,11 @@ def load_folder(
         reason = f"{shown(train.stray)} is in no class folder of {shown(train.folder)}"
         if train.class_names:
             test, reason = _find_test(Path(root), ranks)
+    require(
+        ranks.agree((train.is_whole, test is None)),
+        f"not every process finds the same train/ and val/ in {shown(root)}; give every machine "
+        "the same files",
+    )
     labels = None
     if test is not None:
         labels = renumber(test.labels, test.class_names, train.class_names, str(test.folder))

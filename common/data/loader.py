@@ -118,28 +118,31 @@ class CropLoader:
 
         Crops are uint8 `[count, B, 3, size, size]` on the device; indices, of the photographs they
         are from, int64 `[B]` on the CPU. With `skip_broken`, the broken files are printed at the
-        end of the epoch.
+        end of the epoch, or where the run stops in it.
 
         Raises:
             UserError: if no file can be decoded.
         """
         self.batches.epoch, self.batches.steps = epoch, range(first_step, steps)
         skipped: list[str] = []
-        for step, batch in zip(self.batches.step_of_each(), self.loader, strict=True):
-            loaded = unpack(batch)
-            skipped += loaded.broken
-            if loaded.broken and not self.skip_broken and not self.must_stop:
-                self.must_stop = True
-                tqdm.write(
-                    f"error: {loaded.broken[0]}; the run stops after this step, in which the next "
-                    "file takes its place. Restore the file, or continue with --skip-broken",
-                    file=sys.stderr,
-                )
-            crops = loaded.crops.to(self.ranks.device, non_blocking=True)
-            # Workers leave channels last, as decoded; the views want them first.
-            yield step, crops.contiguous(), loaded.indices
-        if self.skip_broken:
-            tell_skipped(skipped, self.ranks)
+        try:
+            for step, batch in zip(self.batches.step_of_each(), self.loader, strict=True):
+                loaded = unpack(batch)
+                skipped += loaded.broken
+                if loaded.broken and not self.skip_broken and not self.must_stop:
+                    self.must_stop = True
+                    tqdm.write(
+                        f"error: {loaded.broken[0]}; the run stops after this step, in which the "
+                        "next file takes its place. Restore the file, or continue with "
+                        "--skip-broken",
+                        file=sys.stderr,
+                    )
+                crops = loaded.crops.to(self.ranks.device, non_blocking=True)
+                # Workers leave channels last, as decoded; the views want them first.
+                yield step, crops.contiguous(), loaded.indices
+        finally:  # also where the run stops within the epoch
+            if self.skip_broken:
+                tell_skipped(skipped, self.ranks)
 
 
 def tell_skipped(messages: Sequence[str], ranks: Ranks) -> None:

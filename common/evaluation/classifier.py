@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.runtime.errors import StopRequested, UserError, require
+from common.runtime.errors import StopRequested, require
 from common.runtime.ranks import Ranks, unwrap
 from common.runtime.seeding import epoch_order, generator_for
 from common.training.checkpoint import Checkpoints, differences, restore
@@ -29,6 +30,14 @@ def new_classifier(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
     nn.init.normal_(classifier.weight, std=0.01, generator=generator_for("classifier", seed))
     nn.init.zeros_(classifier.bias)
     return classifier
+
+
+def checksum(state: Mapping[str, Tensor]) -> int:
+    """A checksum of a backbone's weights, by which a checkpoint knows it again."""
+    total = 0
+    for value in state.values():
+        total = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), total)
+    return total
 
 
 class Classifiers(nn.Module):
@@ -132,17 +141,8 @@ def train_classifier(
             checkpoint is of this backbone, other settings and not finished.
     """
     first_epoch = first_step = 0
-    state = checkpoints.load({"identity": dict, "epoch": int, "step": int})
-    require(
-        ranks.agree(state and (state["identity"], state["epoch"], state["step"])),
-        f"not every process finds the same {checkpoints.last}; put it on a file system that all "
-        "machines share",
-    )
+    state = saved_classifier(checkpoints, identity, defaults, ranks)
     if state is not None:
-        state["identity"] = with_newer(state["identity"], identity, defaults)
-    if state is not None and state["identity"] != identity:
-        _require_finished(state, identity, checkpoints)
-    elif state is not None:
         restore({"classifier": unwrap(model), "optimiser": optimiser}, state, checkpoints.last)
         first_epoch, first_step = state["epoch"], state["step"]
 
@@ -188,15 +188,33 @@ def train_classifier(
     bar.close()
 
 
-def _require_finished(
-    state: Mapping[str, Any], identity: Mapping[str, Any], checkpoints: Checkpoints
-) -> None:
-    """Refuse to overwrite an unfinished classifier of the same backbone with other settings."""
-    saved = state["identity"]
-    if saved.get("backbone") != identity["backbone"] or state["epoch"] == saved.get("epochs"):
-        return
-    raise UserError(
+def saved_classifier(
+    checkpoints: Checkpoints,
+    identity: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    ranks: Ranks,
+) -> dict[str, Any] | None:
+    """The checkpoint that `train_classifier` would continue; None: it would start anew.
+
+    Raises:
+        UserError: if the ranks find different ones, or it is of this backbone, other settings and
+            not finished: it is not overwritten.
+    """
+    state = checkpoints.load({"identity": dict, "epoch": int, "step": int})
+    require(
+        ranks.agree(state and (state["identity"], state["epoch"], state["step"])),
+        f"not every process finds the same {checkpoints.last}; put it on a file system that all "
+        "machines share",
+    )
+    if state is None:
+        return None
+    saved = with_newer(state["identity"], identity, defaults)
+    if saved == identity:
+        return state
+    require(
+        saved.get("backbone") != identity["backbone"] or state["epoch"] == saved.get("epochs"),
         f"{checkpoints.last} holds an unfinished classifier with other settings: "
         f"{differences(saved, identity)}. Repeat its settings to continue it, or "
-        f"{checkpoints.remedy}"
+        f"{checkpoints.remedy}",
     )
+    return None

@@ -15,6 +15,7 @@ from common.augment.base import Draws
 from common.augment.crop import RandomFlip
 from common.data.loader import CropLoader, Loading, load, tell_skipped
 from common.data.photographs import CentreCrops, Photograph, RandomCrops, unpack
+from common.data.workers import WorkerLoader
 from common.evaluation.accuracy import EVALUATION_BATCH
 from common.evaluation.classifier import Batches, batches_of_epoch
 from common.runtime.errors import StopRequested, UserError
@@ -125,10 +126,7 @@ def feature_batches(
         UserError: if a file cannot be decoded, without `skip_broken`.
         StopRequested: on every rank, after a signal to any.
     """
-    mine = range(ranks.rank, len(views), ranks.world_size)
-    loader = load(
-        views, loading, ranks, EVALUATION_BATCH, sampler=mine, batch_size=EVALUATION_BATCH
-    )
+    loader = _loader(views, loading, ranks)
     bar = tqdm(loader, "features", disable=not ranks.is_main, leave=False)
     batches = iter(bar)
     for _ in range(-(-len(views) // (EVALUATION_BATCH * ranks.world_size))):
@@ -149,6 +147,24 @@ def feature_batches(
             again = "Stopped while features were extracted: the same command extracts them again."
             raise StopRequested(stop.exit_status, again)
     bar.close()
+
+
+def require_room(
+    photographs: Sequence[Photograph], image_size: int, loading: Loading, ranks: Ranks
+) -> None:
+    """Refuse to begin where `centre_features` of photographs would not fit later.
+
+    Raises:
+        UserError: if the shared memory has no room for the batches.
+    """
+    _loader(CentreCrops(photographs, image_size), loading, ranks)
+
+
+def _loader(views: CentreCrops, loading: Loading, ranks: Ranks) -> WorkerLoader:
+    """Loads every world_size-th of the views; its processes start with the first batch."""
+    mine = range(ranks.rank, len(views), ranks.world_size)
+    size = max(1, min(EVALUATION_BATCH, len(mine)))
+    return load(views, loading, ranks, size, sampler=mine, batch_size=size)
 
 
 def cropped_batches(

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from common.augment.base import Augmentation, Draws
 from common.augment.cifar10 import centre_view, normalised, probe_augmentation
 from common.data.in_memory import ImageSet, Split
-from common.evaluation.classifier import batches_of_epoch, new_classifier, train_classifier
+from common.evaluation.classifier import (
+    batches_of_epoch,
+    checksum,
+    new_classifier,
+    train_classifier,
+)
 from common.evaluation.features import accuracy, extract_features
 from common.evaluation.knn import knn_accuracy
 from common.evaluation.neighbours import sample, show_neighbours
@@ -200,7 +205,6 @@ class Evaluation:
         training = self.training
         if self.test is None or not epochs:
             return None
-        # The steps done identify the backbone.
         done = [training.progress.steps(training.steps_per_epoch), epochs]
         accuracy = linear_accuracy(
             self.network.backbone,
@@ -211,7 +215,7 @@ class Evaluation:
             self.encode_test,
             LinearProtocol(epochs, batch_size=256, lr=30.0, milestones=(0.6, 0.8)),
             seed=training.config.seed,
-            stamp=done[0],
+            stamp=checksum(self.network.backbone.state_dict()),
             checkpoints=Checkpoints(
                 training.log.folder,
                 "linear_last.pt",

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from common.augment.imagenet import normalised
+from common.data.decoding import shown
 from common.data.listing import has_folder, renumber
 from common.data.loader import Loading
 from common.data.photographs import Dataset, Photograph, PhotographSet, find_photographs
-from common.evaluation.feature_batches import centre_features
+from common.evaluation.feature_batches import centre_features, require_room
 from common.evaluation.knn import accuracy_of_features
 from common.evaluation.neighbours import CELL, sample, show_neighbours
+from common.runtime.errors import require
 from common.runtime.precision import autocast
 from common.runtime.ranks import Ranks
 from common.training.training import Training
@@ -48,7 +50,8 @@ class PhotographEvaluation:
         train: the training photographs.
 
     Raises:
-        UserError: if val/ has classes that the training photographs do not have.
+        UserError: if val/ has classes that the training photographs do not have, not every rank
+            finds a val/, or the shared memory has no room for the batches.
     """
 
     def __init__(
@@ -59,17 +62,25 @@ class PhotographEvaluation:
         self.train = train
         self.config = config
         self.val: PhotographSet | None = None
-        # The folder is asked last: an archive has to be read for it.
-        if (
-            config.knn_every
-            and train.class_names
-            and (config.dataset != "folder" or has_folder(Path(config.data_root), "val"))
-        ):
+        if not (config.knn_every and train.class_names):
+            has_val = False
+        elif config.dataset == "folder":
+            has_val = has_folder(Path(config.data_root), "val")
+            require(
+                training.ranks.agree(has_val),
+                f"not every process finds val/ in {shown(config.data_root)}; give every machine "
+                "the same files",
+            )
+        else:
+            has_val = True
+        if has_val:
             source = (config.dataset, config.data_root, config.image_size, config.seed)
             self.val = find_photographs(*source, 1, "val", training.ranks, config.classes)
             names = (self.val.class_names, train.class_names)
             numbers = renumber(self.val.labels, *names, "val/")
             self.val_labels = torch.tensor(numbers, device=training.ranks.device)
+        # Its batches differ from those of training: whether they fit is asked before it.
+        require_room(train.photographs, config.image_size, Loading(config.workers), training.ranks)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

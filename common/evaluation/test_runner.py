@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,14 @@ from common.data.listing import renumber
 from common.data.loader import Loading
 from common.data.photographs import Dataset, find_photographs
 from common.evaluation.accuracy import count_right, sweep_table
-from common.evaluation.classifier import Batches, Classifiers, new_classifier, train_classifier
+from common.evaluation.classifier import (
+    Batches,
+    Classifiers,
+    checksum,
+    new_classifier,
+    saved_classifier,
+    train_classifier,
+)
 from common.evaluation.feature_batches import cached_batches, centre_features, cropped_batches
 from common.evaluation.knn import accuracy_of_features
 from common.evaluation.pretrained import load_backbone
@@ -30,6 +36,7 @@ from common.runtime.repository import REPOSITORY
 from common.training.checkpoint import Checkpoints
 from common.training.config_json import MAY_CHANGE, defaults_of
 from common.training.larc import LARC
+from common.training.lock import FolderLock
 from common.training.metrics import append_once
 from common.training.schedule import cosine
 from common.training.settings import (
@@ -90,9 +97,12 @@ def main(config: Config) -> None:
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
 
     folder = Path(config.run_dir or Path(config.pretrained).parent)
+    # Files of its own for each kind of classifier: the others do not overwrite the protocol's.
+    kind = "sweep" if config.sweep else "cached" if config.cache_features else "linear"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "linear.jsonl").touch()
+        lock = FolderLock(folder, f".{kind}.lock") if config.epochs and ranks.is_main else None
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}); choose --run-dir") from error
 
@@ -109,6 +119,13 @@ def main(config: Config) -> None:
     numbers = renumber(test.labels, test.class_names, train.class_names, "val/")
     test_labels = torch.tensor(numbers, device=device)
     train_labels = torch.tensor(train.labels, device=device)
+
+    identity = identity_of(config, train.fingerprint, checksum(before))
+    checkpoints = Checkpoints(
+        folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train a new one"
+    )
+    if config.epochs:  # asked before hours of extracting features
+        saved_classifier(checkpoints, identity, defaults_of(config), ranks)
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
@@ -133,14 +150,14 @@ def main(config: Config) -> None:
         batches = cached_batches(*whole, config, ranks)
     else:
         batches = cropped_batches(train.photographs, train_labels, encode, config, ranks, stop)
-    identity = {"images": train.fingerprint, "backbone": checksum(before)}
-    classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)
-    classifier = fit(classifier, batches, config, identity, folder, ranks, stop)
-
-    # ---------------------------------------------------------------- result
     result: dict[str, Any] = {"images": len(test_labels)}
     if config.epochs:
+        classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)
+        classifier = fit(classifier, batches, config, identity, checkpoints, ranks, stop)
         result |= linear_result(classifier, test_features, test_labels, config.sweep, ranks)
+    if lock is not None:
+        lock.release()
+    # ---------------------------------------------------------------- kNN and result
     if config.knn:
         bank = (train_features, bank_labels, len(train.class_names))
         result["knn"] = accuracy_of_features(test_features, test_labels, *bank, ranks)
@@ -165,12 +182,25 @@ def main(config: Config) -> None:
         print(f"  written to {folder / 'linear.jsonl'}")
 
 
+def identity_of(config: Config, images: str, backbone: int) -> dict[str, Any]:
+    """What a classifier depends on; only a checkpoint with the same identity is continued.
+
+    Args:
+        images: fingerprint of the training photographs.
+        backbone: checksum of its weights.
+    """
+    # What else is measured does not touch training; the backbone is identified by its weights.
+    unused = {"knn", "pretrained", *MAY_CHANGE} | ({"base_lr"} if config.sweep else set())
+    settings = {name: value for name, value in asdict(config).items() if name not in unused}
+    return {**settings, "images": images, "backbone": backbone}
+
+
 def fit(
     start: nn.Linear,
     batches: Batches,
     config: Config,
     identity: Mapping[str, Any],
-    folder: Path,
+    checkpoints: Checkpoints,
     ranks: Ranks,
     stop: StopFlag,
 ) -> nn.Module:
@@ -178,9 +208,7 @@ def fit(
 
     Args:
         start: its weights at the start.
-        identity: of the data and the backbone, plain values; with the settings it says which
-            checkpoint is continued.
-        folder: of the checkpoints.
+        identity: by `identity_of`.
 
     Returns:
         `start`, trained; in a sweep `Classifiers`.
@@ -189,13 +217,9 @@ def fit(
         StopRequested: after a checkpoint, when a signal came.
         UserError: if the loss is not finite, in a sweep every loss.
     """
-    # A file for each kind: the others do not overwrite the protocol's classifier, which costs most.
-    kind, classifier, remedy = "linear", start, "try a lower --base-lr"
+    classifier, remedy = start, "try a lower --base-lr"
     if config.sweep:
-        kind, remedy = "sweep", "try lower rates in --sweep"
-        classifier = Classifiers(start, len(config.sweep))
-    elif config.cache_features:
-        kind = "cached"
+        classifier, remedy = Classifiers(start, len(config.sweep)), "try lower rates in --sweep"
 
     def rate(epoch: int) -> float | Tensor:
         base_lrs = config.sweep or (config.base_lr,)
@@ -203,9 +227,6 @@ def fit(
         rates = [cosine(epoch, config.epochs, peak) for peak in peaks]
         return torch.tensor(rates, device=ranks.device) if config.sweep else rates[0]
 
-    # What else is measured does not touch training; the backbone is identified by its weights.
-    unused = {"knn", "pretrained", *MAY_CHANGE} | ({"base_lr"} if config.sweep else set())
-    settings = {name: value for name, value in asdict(config).items() if name not in unused}
     model = ranks.wrap(classifier)
     train_classifier(
         model,
@@ -213,11 +234,9 @@ def fit(
         batches,
         rate,
         config.epochs,
-        identity={**settings, **identity},
+        identity=identity,
         defaults=defaults_of(config),
-        checkpoints=Checkpoints(
-            folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train a new one"
-        ),
+        checkpoints=checkpoints,
         ranks=ranks,
         stop=stop,
         remedy=remedy,
@@ -251,11 +270,3 @@ def linear_result(
             for base_lr, lost, accuracy in rows
         ]
     }
-
-
-def checksum(state: Mapping[str, Tensor]) -> int:
-    """A checksum of weights."""
-    total = 0
-    for value in state.values():
-        total = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), total)
-    return total

@@ -35,7 +35,7 @@ class Ranks:
     @property
     def per_machine(self) -> int:
         """How many processes of the group share this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world_size > 1 else 1
 
     def share(self, batch_size: int) -> slice:
         """The rows of a global batch that belong to this rank.

@@ -32,6 +32,7 @@ def run_script(
         description: what `--help` prints first.
     """
     protect_output()
+    config = None
     try:
         require_own_code(Path(sys.modules["__main__"].__file__))
         config = tyro.cli(config_type, description=description)
@@ -42,15 +43,21 @@ def run_script(
         # Only now: DDP went with main's variables.
         launch.finish()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_advice(str(error), config)}")
     except StopRequested as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(stop, file=sys.stderr)
+            print(_advice(str(stop), config), file=sys.stderr)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if "DataLoader worker" in reason and "killed by signal" in reason:
+            advice = "use fewer --workers: the same command continues from the last checkpoint"
+            sys.exit(
+                f"error: a loader process was killed ({reason}), probably for lack of memory; "
+                f"{_advice(advice, config)}"
+            )
         # The allocators of CUDA and MPS, and of CPU tensors on Linux and macOS, and on Windows.
         signs = ("out of memory", "can't allocate memory", "not enough memory")
         if not isinstance(error, MemoryError) and not any(sign in reason for sign in signs):
@@ -59,6 +66,13 @@ def run_script(
             f"error: too little memory ({reason or 'Python got none'}); use a smaller batch, "
             "smaller images or a smaller network"
         )
+
+
+def _advice(message: str, config: object) -> str:
+    """A message that may advise to repeat the command, which with `--fresh` begins anew."""
+    if getattr(config, "fresh", False):
+        return message.replace("the same command", "the same command without --fresh")
+    return message
 
 
 def _expand_home(config: ConfigType) -> ConfigType:

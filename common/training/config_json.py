@@ -123,6 +123,24 @@ def read_starts(path: Path) -> list[dict[str, Any]] | None:
     return content["starts"]
 
 
+def _job() -> str | None:
+    """The cluster's or torchrun's name of the job that this process belongs to."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def began_in_this_job(path: Path) -> bool:
+    """Whether a run, by its config.json, was started last by this job, which was then restarted.
+
+    By SLURM, which requeues a job, or by `torchrun --max-restarts`. Both repeat the command, with
+    `--fresh` if that is in it.
+    """
+    restarts = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
+    starts = read_starts(path)
+    return (
+        any(count != "0" for count in restarts) and bool(starts) and starts[-1].get("job") == _job()
+    )
+
+
 def is_empty(folder: Path) -> bool:
     """Whether there is nothing in a folder but a run's lock."""
     return all(path.name == LOCK_NAME for path in folder.iterdir())
@@ -157,6 +175,7 @@ def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> list[di
     """
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "job": _job(),
         "git_commit": git_commit(),
         "device": _device_name(ranks),
         "processes": ranks.world_size,

@@ -20,13 +20,17 @@ NAME = ".lock"
 class FolderLock:
     """Makes a folder where it is missing, and locks it until `release` or the process's end.
 
+    Args:
+        name: of the lock's file; locks of different names are held together.
+
     Raises:
         OSError: if the folder or a file in it cannot be made.
         UserError: if another process uses the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = NAME) -> None:
         self.folder = folder
+        self.name = name
         self._file: IO[str] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self._folder_status = folder.stat()
@@ -34,7 +38,7 @@ class FolderLock:
             self._file = self._lock()
 
     def _lock(self) -> IO[str]:
-        path = self.folder / NAME
+        path = self.folder / self.name
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise UserError(f"{path} is not a regular file; delete it, or choose another --run-dir")
         file = path.open("a")
@@ -54,7 +58,7 @@ class FolderLock:
         """Whether the folder's name still leads to the folder that was locked."""
         with suppress(FileNotFoundError, NotADirectoryError):
             if self._file is not None:
-                mine, there = os.fstat(self._file.fileno()), (self.folder / NAME).lstat()
+                mine, there = os.fstat(self._file.fileno()), (self.folder / self.name).lstat()
             else:
                 mine, there = self._folder_status, self.folder.stat()
             return os.path.samestat(mine, there)

@@ -28,6 +28,8 @@ from common.views import Regime, ViewMaker
 class RunConfig(TrainingConfig, Protocol):
     """The settings that every training script has."""
 
+    dataset: str
+    data_root: str
     regime: Regime
     seed: int
     device: str
@@ -66,6 +68,7 @@ class Run:
         )
         default = REPOSITORY / "runs" / experiment / f"{config.regime}-seed{config.seed}"
         folder = Path(config.run_dir or default)
+        require_outside(folder, config.dataset, Path(config.data_root))
         settings = (asdict(config), defaults_of(config))
         self.log = RunLog(folder, *settings, config.fresh, self.ranks)
         self.saved: dict[str, Any] | None = self.log.load_checkpoint()
@@ -111,3 +114,19 @@ class Run:
             view_maker: whose views are drawn into views.png, and compiled with `--compile`.
         """
         return Training(self.config, self.ranks, self.log, self.saved, parts, batches, view_maker)
+
+
+def require_outside(folder: Path, dataset: str, data_root: Path) -> None:
+    """Refuse a run folder among the training images: the pictures in it would be trained on.
+
+    Raises:
+        UserError: if `folder` lies where `--dataset folder` finds its training images.
+    """
+    if dataset != "folder" or not data_root.is_dir():
+        return
+    images = data_root / "train" if (data_root / "train").is_dir() else data_root
+    require(
+        not folder.resolve().is_relative_to(images.resolve()),
+        f"--run-dir {folder} is inside {images}, so its pictures would be trained on in a later "
+        "run; choose a --run-dir outside it",
+    )

@@ -22,6 +22,7 @@ from common.training.board import Board
 from common.training.checkpoint import Checkpoints, on_cpu, serialise
 from common.training.config_json import (
     Settings,
+    began_in_this_job,
     is_empty,
     read_starts,
     require_run_or_empty,
@@ -42,7 +43,8 @@ class RunLog:
         folder: made if it does not exist.
         config: the run's settings, plain values.
         defaults: of the settings, for a run that an older version began.
-        fresh: start a new run: `open` moves an earlier run's folder aside.
+        fresh: start a new run: `open` moves an earlier run's folder aside, unless the job itself
+            began that run and was restarted.
         ranks: this process's place.
 
     Raises:
@@ -57,7 +59,7 @@ class RunLog:
         self.folder = folder
         self.config = dict(config)
         self.defaults = defaults
-        self.fresh = fresh
+        self.fresh = fresh and not began_in_this_job(folder / "config.json")
         self.ranks = ranks
         self.checkpoints = Checkpoints(folder)
         self.config_path = folder / "config.json"
@@ -67,7 +69,7 @@ class RunLog:
         self._waiting: dict[str, memoryview] = {}  # files that a full disk did not take
         self._warned = False
         self._lock: FolderLock | None = None
-        if fresh:
+        if self.fresh:
             require_run_or_empty(folder)
         if ranks.is_main:
             self._lock = self._claim()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from common.training.progress import Bar, Progress
 from common.training.run_folder import RunLog
 from common.training.signals import StopFlag
 from common.views import ViewMaker
+
+EVALUATED_UNSAVED = 60  # seconds of training that an evaluation may lose
 
 
 class TrainingConfig(Protocol):
@@ -137,33 +140,35 @@ class Training:
         """
         self.bar.start_epoch()
         last_save = time.monotonic()
-        for batch in self.batches.epoch(epoch, self.meter.steps, self.steps_in(epoch)):
-            with shared_casts(self.ranks.device):
-                yield batch
-            if self.batches.must_stop:
-                self.stop.fail()
-            due = time.monotonic() - last_save > 60 * self.config.checkpoint_minutes
-            last_save = time.monotonic() if due else last_save
-            self.meter.end_step(
-                {"stop": self.stop.requested, "checkpoint": due and self.ranks.is_main}
-            )
-            knn = {} if self.progress.knn is None else {"knn": self.progress.knn}
-            self.bar.step(epoch, {**self.meter.latest, **knn}, self.config.batch_size)
-            if self.meter.take_request("stop"):
-                raise StopRequested(self.stop.exit_status)
-            if self.meter.take_request("checkpoint"):
-                self.save()
+        batches = self.batches.epoch(epoch, self.meter.steps, self.steps_in(epoch))
+        with closing(batches):  # at a stop it tells which files were skipped
+            for batch in batches:
+                with shared_casts(self.ranks.device):
+                    yield batch
+                if self.batches.must_stop:
+                    self.stop.fail()
+                due = time.monotonic() - last_save > 60 * self.config.checkpoint_minutes
+                last_save = time.monotonic() if due else last_save
+                self.meter.end_step(
+                    {"stop": self.stop.requested, "checkpoint": due and self.ranks.is_main}
+                )
+                knn = {} if self.progress.knn is None else {"knn": self.progress.knn}
+                self.bar.step(epoch, {**self.meter.latest, **knn}, self.config.batch_size)
+                if self.meter.take_request("stop"):
+                    raise StopRequested(self.stop.exit_status)
+                if self.meter.take_request("checkpoint"):
+                    self.save()
         self.meter.flush()
         if self.meter.take_request("stop"):  # on CUDA, where the last step is read only now
             raise StopRequested(self.stop.exit_status)
         require_finite(self.parts["model"])
-        self.row = {
-            **self.meter.means(),
-            "lr": self.lr,
-            "images_per_second": self.bar.images_per_second,
-        }
+        self.row = {**self.meter.means(), "lr": self.lr}
+        if self.bar.images_per_second:  # none where a stop came in the evaluation of the epoch
+            self.row["images_per_second"] = self.bar.images_per_second
         if not self.is_whole(epoch):
             self.save(must=True)  # --max-steps ends within the epoch; a higher one continues here
+        elif self.ranks.any(time.monotonic() - last_save > EVALUATED_UNSAVED):
+            self.save()  # an error in the evaluation does not lose the steps
 
     def steps_in(self, epoch: int) -> int:
         """How many steps an epoch has: fewer than others where `--max-steps` ends within it."""

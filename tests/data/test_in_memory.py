@@ -9,7 +9,6 @@ from PIL import Image
 from torch import Tensor
 
 from assertions import assert_equal
-from common.data import in_memory as datasets
 from common.data import shapes as generated
 from common.data.fingerprint import fingerprint
 from common.data.folder import list_images
@@ -133,10 +132,11 @@ def test_images_without_labels(
 def test_only_the_first_rank_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "require_same_images", lambda *_: None)  # there is no other rank
+    ranks = Ranks(1, 2, torch.device("cpu"))  # there is no other rank
+    monkeypatch.setattr(Ranks, "join", lambda _, columns: columns)
     images = put_pictures(tmp_path, ["0.png", "1.png"])
     put_broken(tmp_path / "2.png")
-    train, _ = load_folder(str(tmp_path), 32, True, 1, Ranks(1, 2, torch.device("cpu")))
+    train, _ = load_folder(str(tmp_path), 32, True, 1, ranks)
     assert_equal(train.images, images, "the second rank's")
     assert capsys.readouterr() == ("", "")
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from common.data import workers
+from common.data.in_memory import load_folder
 from common.data.loader import Loading
 from common.data.photographs import PhotographSet
 from common.evaluation import photographs
 from common.evaluation.feature_batches import centre_features
 from common.evaluation.photographs import PhotographEvaluation, first_of_each_class
-from common.runtime.errors import StopRequested
+from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from processes import on_two_ranks
 
@@ -85,13 +89,61 @@ def test_knn_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network.backbone.training
 
 
+RED_ALONE = PhotographSet(of_colours(RED), [0], ("red",), "train")
+FOLDER = {"dataset": "folder", "data_root": "", "knn_every": 1, "image_size": 32, "workers": 0}
+TRAINING = SimpleNamespace(ranks=Ranks(0, 1, torch.device("cpu")))
+
+
 @pytest.mark.parametrize("change", [{"knn_every": 0}, {"data_root": "/nowhere"}])
 def test_without_val_or_turned_off_there_is_no_knn(change: dict[str, object]) -> None:
-    config = SimpleNamespace(
-        **{"dataset": "folder", "data_root": "", "knn_every": 1, "image_size": 32, **change}
-    )
-    train = PhotographSet(of_colours(RED), [0], ("red",), "train")
-    assert PhotographEvaluation(None, None, train, config).after_epoch(1) == {}
+    config = SimpleNamespace(**{**FOLDER, **change})
+    assert PhotographEvaluation(TRAINING, None, RED_ALONE, config).after_epoch(1) == {}
+
+
+def test_the_shared_memory_is_asked_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of the evaluation are larger than those of training may be."""
+    images = PhotographSet(of_colours(*[RED] * 300), [0] * 300, ("red",), "train")
+    free = 3 * (2 * 4 + 1) * 256 * 32 * 32  # two workers with four batches each, and one in use
+    monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path)
+    config = SimpleNamespace(**{**FOLDER, "knn_every": 0, "workers": 2})
+    for room in (free, free - 1):
+        usage = SimpleNamespace(free=room)
+        monkeypatch.setattr(workers.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if room == free:
+            PhotographEvaluation(TRAINING, None, images, config)
+            continue
+        with pytest.raises(UserError, match="use --workers 1"):
+            PhotographEvaluation(TRAINING, None, images, config)
+
+
+def where_rank_1_has_no_val(ranks: Ranks) -> list[str]:
+    root = Path(os.environ["DIFFERENT_ROOTS"]) / str(ranks.rank)
+    config = SimpleNamespace(**{**FOLDER, "data_root": str(root)})
+    messages = []
+    for start in (
+        lambda: PhotographEvaluation(SimpleNamespace(ranks=ranks), None, RED_ALONE, config),
+        lambda: load_folder(str(root), 32, False, 1, ranks),
+    ):
+        with pytest.raises(UserError) as refused:
+            start()
+        messages.append(str(refused.value))
+    ranks.wait()  # both are here: none waits in another collective
+    return messages
+
+
+def test_a_val_that_only_one_machine_has_is_refused_on_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("0/train/red", "1/train/red", "0/val/red"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / folder / "image.png")
+    monkeypatch.setenv("DIFFERENT_ROOTS", str(tmp_path))
+    for rank, messages in enumerate(on_two_ranks(where_rank_1_has_no_val, tmp_path)):
+        first, second = messages
+        assert f"not every process finds val/ in {tmp_path / str(rank)}; give every mach" in first
+        assert "not every process finds the same train/ and val/" in second
 
 
 def features_where_rank_1_has_a_signal(ranks: Ranks) -> str:

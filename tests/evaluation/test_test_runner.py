@@ -30,7 +30,10 @@ from common.evaluation.test_runner import Config, fit
 from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order, generator_for
+from common.training.checkpoint import Checkpoints
+from common.training.lock import FolderLock
 from common.training.signals import StopFlag
+from processes import in_child
 from scripts import assert_equal, command_line, kill, on_two_ranks, run, start_until, state
 
 SIZE, BATCH, EPOCHS, BASE_LR, CLASSES = 28, 8, 2, 40.0, 7
@@ -264,12 +267,19 @@ def test_a_batch_in_pieces_is_the_same(rank: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_unfinished_classifier_is_not_overwritten(
-    folder: Path, weights: Path, whole: Path, tmp_path: Path
+    folder: Path, weights: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfinished = state(whole, "linear_last.pt")
     unfinished["epoch"] = 1
     torch.save(unfinished, tmp_path / "linear_last.pt")
     before = (tmp_path / "linear_last.pt").read_bytes()
+    # kNN alone trains no classifier and leaves it there.
+    evaluate(folder, weights, tmp_path, epochs=0, knn=True)
+    assert (tmp_path / "linear_last.pt").read_bytes() == before
+    with monkeypatch.context() as patch:  # told before any feature is extracted
+        patch.setattr(linear_evaluation, "centre_features", None)
+        with pytest.raises(UserError, match="batch_size was 8, now 16"):
+            evaluate(folder, weights, tmp_path, batch_size=16)
     done = run(command(folder, weights, tmp_path, "--batch-size", "16", "--seed", "3"), status=1)
     assert "error:" in done.stderr
     assert "batch_size was 8, now 16; seed was 0, now 3" in done.stderr
@@ -322,6 +332,31 @@ def evaluate(folder: Path, weights: Path, run_dir: Path, **settings: object) -> 
         "precision": "fp32",
     }
     linear_evaluation.main(Config(**{**values, **settings}))
+
+
+def test_one_process_at_a_time_trains_a_classifier_in_a_folder(
+    folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    lock = FolderLock(tmp_path, ".linear.lock")
+    message = in_child(lambda: raised_by(lambda: evaluate(folder, weights, tmp_path)))
+    assert message == (
+        f"another process is using {tmp_path}; wait for its end, or choose another --run-dir"
+    )
+    # The other kinds have files of their own.
+    assert in_child(lambda: raised_by(lambda: sweep_here(folder, weights, tmp_path))) == ""
+    lock.release()
+
+
+def sweep_here(folder: Path, weights: Path, run_dir: Path) -> None:
+    evaluate(folder, weights, run_dir, sweep=(1.0, 2.0))
+
+
+def raised_by(function: Callable[[], None]) -> str:
+    try:
+        function()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def test_a_classifier_that_an_older_version_began(
@@ -461,7 +496,9 @@ def fitted(folder: Path, **settings: object) -> torch.nn.Module:
     batches = cached_batches(*features_by_seed(21), config, ALONE)
     folder.mkdir(exist_ok=True)
     start = new_classifier(512, CLASSES, 0)
-    return fit(start, batches, config, {}, folder, ALONE, StopFlag(ALONE))
+    checkpoints = Checkpoints(folder, "last.pt", "previous.pt")
+    identity = {"backbone": 0}
+    return fit(start, batches, config, identity, checkpoints, ALONE, StopFlag(ALONE))
 
 
 def test_a_sweep_is_a_run_at_each_rate(tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.data.shapes import CLASS_NAMES
+from common.evaluation.classifier import checksum
+from common.evaluation.in_memory import Evaluation
 from common.networks.resnet import CifarResNet
 from common.runtime.errors import UserError
+from common.training import training
 from scripts import ROOT, assert_equal, command_line, metrics, on_two_ranks, run, run_here, state
 
 RUN = ROOT / "simsiam_cifar10" / "run.py"
@@ -89,6 +92,8 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     last = state(whole_run)["model"]
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, last[f"backbone.{name}"]), name
+    probe = state(whole_run, "linear_last.pt")["identity"]
+    assert probe["backbone"] == checksum(backbone.state_dict())
     best = max(rows[1:4], key=lambda row: row["knn"])
     assert state(whole_run, "best.pt")["epoch"] == best["epoch"]
     assert not list(whole_run.glob("*.partial"))
@@ -297,6 +302,38 @@ ERRORS = {
     "device": ({"device": "gpu"}, "not a device"),
     "width": ({"width": 12}, "--width must be between 8 and 4,096 and a multiple of 8; it is 12"),
 }
+
+
+def test_a_run_folder_among_the_training_images_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Its pictures would be trained on."""
+    root = tmp_path / "images"
+    (root / "train").mkdir(parents=True)
+    for place in (root / "train" / "run", root / "train"):
+        with pytest.raises(UserError, match="choose a --run-dir outside it"):
+            train(root, place)
+    assert not list(root.glob("train/*"))
+
+
+def test_an_error_in_the_evaluation_does_not_lose_the_epoch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 5, "linear_epochs": 0, "checkpoint_minutes": 9}
+
+    def fail(evaluation: Evaluation, epoch: int, every: int) -> dict[str, float]:
+        raise UserError("a broken file")
+
+    for seconds, steps in ((-1, 5), (1000, 0)):  # one epoch has five steps
+        monkeypatch.setattr(training, "EVALUATED_UNSAVED", seconds)
+        run_dir = tmp_path / str(steps)
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluation, "after_epoch", fail)
+            with pytest.raises(UserError, match="a broken file"):
+                train(folder, run_dir, **settings)
+        assert state(run_dir)["progress"]["step"] == steps
+        train(folder, run_dir, **settings)
+        # Where no step was left there is no speed.
+        assert ("images_per_second" in (run_dir / "metrics.jsonl").read_text()) == (steps == 0)
+    assert_same_run_but_for_minutes(tmp_path / "5", tmp_path / "0")
 
 
 @pytest.mark.parametrize("case", ERRORS)

@@ -31,6 +31,7 @@ from common.runtime.script import run_script
 class Config:
     end: str = "well"  # τ
     result: str = "result"
+    fresh: bool = False
 
 
 def main(config: Config) -> None:
@@ -46,6 +47,8 @@ def main(config: Config) -> None:
                 raise UserError("a sentence")
             if step == 50 and config.end == "stop":
                 raise StopRequested(143)
+            if step == 50 and config.end == "worker":
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
             if step == 50 and config.end == "bug":
                 raise RuntimeError("a bug")
             if step == 50 and config.end == "memory":
@@ -167,6 +170,7 @@ def test_every_sign_goes_through_on_every_encoding(encoding: str, script: Path) 
 ENDS = {
     "error": (1, b"\nerror: a sentence\n"),
     "stop": (143, b"\nStopped, with a checkpoint: the same command continues the run.\n"),
+    "worker": (1, b"\nerror: a loader process was killed (DataLoader worker (pid 7) is killed"),
     "bug": (1, b"\nTraceback (most recent call last):\n"),
     "memory": (1, b"\nerror: too little memory ("),
     "memory of Python": (1, b"\nerror: too little memory (Python got none)"),
@@ -183,6 +187,12 @@ def test_the_last_message_starts_on_a_line_of_its_own(end: str, script: Path) ->
     assert (b"Traceback" in errors) == (end == "bug")
     if end == "error":
         assert errors.endswith(message)
+
+
+@pytest.mark.parametrize("end", ["stop", "worker"])
+def test_the_advice_to_repeat_a_command_is_without_fresh(end: str, script: Path) -> None:
+    _, _, errors = run(script, "--end", end, "--fresh")
+    assert b"the same command without --fresh continues " in errors
 
 
 def test_a_leading_tilde_is_the_home_directory(script: Path) -> None:

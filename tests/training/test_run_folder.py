@@ -609,6 +609,29 @@ def test_fresh_moves_nothing_but_a_run(name: str, folder: Path) -> None:
     assert not (folder / ".lock").exists()
 
 
+@pytest.mark.parametrize(
+    "launcher", [("SLURM_JOB_ID", "SLURM"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC")]
+)
+def test_a_restarted_job_continues_its_fresh_run(
+    launcher: tuple[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, restarter = launcher
+    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
+    monkeypatch.setenv(name, "17")
+    for restarts in ("0", "1", "2"):
+        monkeypatch.setenv(f"{restarter}_RESTART_COUNT", restarts)
+        log = open_log(folder, fresh=True)
+        state = log.load_checkpoint()
+        assert (state is None) == (restarts == "0")
+        log.open(1)
+        log.save(at(1))
+        log.close()
+    assert files(folder.parent) == ["a run", "a run.1"]
+    # Another job's run is moved aside, also where the first attempt failed before that.
+    monkeypatch.setenv(name, "18")
+    assert open_log(folder, fresh=True).load_checkpoint() is None
+
+
 def test_fresh_moves_a_run_with_a_damaged_config_json(folder: Path) -> None:
     run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
     (folder / "config.json").write_text("")
