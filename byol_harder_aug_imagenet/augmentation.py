@@ -22,20 +22,20 @@ def whole_augmentation(num_ops: int, magnitude: int) -> RandAugment | None:
 def heavy_augmentation(
     num_ops: int, magnitude: int, image_size: int, crops_again: bool
 ) -> Augmentation:
-    """T̂, applied to a standard view: RandAugment(N, M), a second crop, GridShuffle(4).
+    """T̂, applied to a standard view: RandAugment(N, M), then harder augmentation.
 
     Args:
-        crops_again: whether there is a second crop, with flip, colour jitter, grey and blur; table
-            1's BYOL does without.
+        crops_again: whether there is more than RandAugment: a second crop with flip, colour jitter,
+            grey and blur, and GridShuffle(4). Table 1's BYOL does without.
     """
-    second = [
+    randaugment = RandAugment(num_ops, magnitude)
+    if not crops_again:
+        return randaugment
+    return Chain(
+        randaugment,
         RandomResizedCropFlip(image_size, scale=CROP_SCALE),
         ColorJitter(0.5, 0.5, 0.5, 0.1, probability=0.8),
         RandomGrey(probability=0.2),
         GaussianBlur(sigma=(0.1, 2.0), probability=0.5),
-    ]
-    return Chain(
-        RandAugment(num_ops, magnitude),
-        *(second if crops_again else []),
         RandomApply(GridShuffle(4), 0.1),
     )

@@ -72,7 +72,7 @@ class Config:
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1
     standard_randaug: tuple[Count, Magnitude] = (2, 9)  # N M, on the whole photograph; 0 0: plain T
     heavy_randaug: tuple[NumOps, Magnitude] = (8, 16)  # N M of RandAugment(N, M), the heavy view
-    heavy_crop: bool = True  # a second crop and T in the heavy view
+    heavy_crop: bool = True  # second crop, colours, blur and GridShuffle in the heavy view
     # model
     backbone: Depth = "resnet50"  # torchvision's
     hidden_dim: Dimension = 4096  # of projector and predictor

@@ -52,7 +52,10 @@ def run(arguments: Sequence[str], status: int = 0, **options) -> subprocess.Comp
 
 
 def start_until(arguments: Sequence[str], checkpoint: Path) -> subprocess.Popen[str]:
-    """Start a command and come back as soon as its checkpoint is there."""
+    """Start a command and come back as soon as its checkpoint is there.
+
+    `previous.pt` counts once it is no longer last.pt under another name.
+    """
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
@@ -60,9 +63,15 @@ def start_until(arguments: Sequence[str], checkpoint: Path) -> subprocess.Popen[
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    while process.poll() is None and not checkpoint.exists():
+    while process.poll() is None and not _is_written(checkpoint):
         time.sleep(0.002)
     return process
+
+
+def _is_written(checkpoint: Path) -> bool:
+    if not checkpoint.exists() or checkpoint.name != "previous.pt":
+        return checkpoint.exists()
+    return not checkpoint.samefile(checkpoint.with_name("last.pt"))
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -111,3 +120,23 @@ def assert_equal(ours: object, theirs: object, where: str) -> None:
             assert_equal(*pair, f"{where} {index}")
     else:
         assert ours == theirs, where
+
+
+def assert_target_follows(start: torch.nn.Module, run_dir: Path, online_passes: int) -> None:
+    """BYOL's target after one step: an average of `start` and of where the online network is now.
+
+    Args:
+        start: the online network before the step.
+        online_passes: of the online network in the step.
+    """
+    online, target = state(run_dir)["model"], state(run_dir)["target"]
+    assert online.keys() == target.keys()
+    for name, begun in start.named_parameters():
+        expected = 0.99 * begun.detach().double() + 0.01 * online[name].double()
+        torch.testing.assert_close(target[name].double(), expected, rtol=1e-6, atol=1e-8)
+    moved = [name for name, begun in start.named_parameters() if not begun.equal(online[name])]
+    assert "backbone.conv1.weight" in moved
+    assert "predictor.3.weight" in moved
+    assert online["backbone.bn1.num_batches_tracked"] == online_passes
+    assert target["backbone.bn1.num_batches_tracked"] == 2  # each target view once
+    assert target["predictor.1.num_batches_tracked"] == 0

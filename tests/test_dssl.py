@@ -343,11 +343,12 @@ def test_with_one_term_gradients_are_those_of_the_whole_sum(regime: str) -> None
             assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.parametrize("other", [{"symmetric_loss": ONE_TERM}, {"one_sided": True}])
 @pytest.mark.parametrize("regime", ["baseline", "joint", "dssl"])
-def test_one_term_has_no_room_for_a_reverse_weight(regime: str) -> None:
+def test_a_reverse_weight_needs_two_pairs(regime: str, other: dict[str, object]) -> None:
     network = Counted()
     views = make_views(regime)
-    parts = loss_parts(network, network, views, regime, pair_loss, 0.1, symmetric_loss=ONE_TERM)
+    parts = loss_parts(network, network, views, regime, pair_loss, 0.1, **other)
     with pytest.raises(ValueError, match="leave it at 0"):
         next(parts)
     assert next(network.calls) == 0

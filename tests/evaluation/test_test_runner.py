@@ -24,7 +24,7 @@ from common.evaluation import feature_batches
 from common.evaluation import test_runner as linear_evaluation
 from common.evaluation.accuracy import count_right
 from common.evaluation.classifier import Classifiers, new_classifier
-from common.evaluation.feature_batches import cached_batches, cropped_batches
+from common.evaluation.feature_batches import cached_batches, cropped_batches, steps_of
 from common.evaluation.pretrained import load_backbone
 from common.evaluation.test_runner import Config, fit
 from common.runtime.errors import StopRequested, UserError
@@ -264,6 +264,13 @@ def test_a_batch_in_pieces_is_the_same(rank: int, monkeypatch: pytest.MonkeyPatc
     for ours, theirs in zip(pieces, whole, strict=True):
         assert torch.equal(ours[1], theirs[1])
         assert torch.equal(ours[2], theirs[2])
+
+
+def test_a_last_batch_that_the_ranks_cannot_share_is_no_step() -> None:
+    config = Config("", batch_size=BATCH)
+    both = Ranks(0, 2, ALONE.device)
+    assert [steps_of(count, config, both) for count in (16, 17, 18)] == [2, 2, 3]
+    assert [steps_of(count, config, ALONE) for count in (16, 17)] == [2, 3]
 
 
 def test_an_unfinished_classifier_is_not_overwritten(

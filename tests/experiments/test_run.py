@@ -92,6 +92,8 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     last = state(whole_run)["model"]
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, last[f"backbone.{name}"]), name
+    (group,) = state(whole_run)["optimiser"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
     probe = state(whole_run, "linear_last.pt")["identity"]
     assert probe["backbone"] == checksum(backbone.state_dict())
     best = max(rows[1:4], key=lambda row: row["knn"])

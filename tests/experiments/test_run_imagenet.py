@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from byol_harder_aug_imagenet.model import online_network
 from common.data.shapes import shapes
 from common.evaluation import test_runner
 from common.runtime.errors import UserError
@@ -25,6 +24,7 @@ from common.runtime.seeding import epoch_order
 from published_files import put_stl10
 from scripts import (
     assert_equal,
+    assert_target_follows,
     command_line,
     kill,
     metrics,
@@ -41,6 +41,14 @@ EXPERIMENTS = {
     "simclr_imagenet": {"projector-dim": 8, "hidden-dim": 16, "warmup-epochs": 0},
     "mocov2_imagenet": {"projector-dim": 8, "norm-batch": 4, "queue-length": 20},
     "barlowtwins_imagenet": {"projector-dim": 16, "warmup-epochs": 0},
+}
+# Of each group of parameters: momentum, weight decay, and for LARC whether it adapts.
+OPTIMISERS = {
+    "simsiam_imagenet": [(0.9, 1e-4, None)],
+    "byol_harder_aug_imagenet": [(0.9, 1e-4, None)],
+    "simclr_imagenet": [(0.9, 1e-6, True)],
+    "mocov2_imagenet": [(0.9, 1e-4, None)],
+    "barlowtwins_imagenet": [(0.9, 1e-6, True), (0.9, 0, False)],
 }
 PEAK_LRS = {
     "simsiam_imagenet": 0.1,
@@ -86,6 +94,12 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
         assert_equal(state(ours)[part], state(theirs)[part], part)
 
 
+def assert_killed_within(run_dir: Path) -> None:
+    progress = state(run_dir)["progress"]
+    assert (progress["epoch"], progress["step"]) > (1, 0), "killed too early"
+    assert not (run_dir / "backbone.pt").exists(), "killed too late"
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_killed_and_continued_is_the_same_run(
     experiment: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -103,18 +117,13 @@ def test_killed_and_continued_is_the_same_run(
         )
         assert "reverse" not in row
     assert (whole / "views.png").exists()
+    groups = state(whole)["optimiser"]["param_groups"]
+    used = [(group["momentum"], group["weight_decay"], group.get("adapts")) for group in groups]
+    assert used == OPTIMISERS[experiment]
 
-    process = subprocess.Popen(
-        command(experiment, folder, run_dir),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not (run_dir / "previous.pt").exists():
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    assert not (run_dir / "backbone.pt").exists(), "killed too late"
+    # The first checkpoint is from before the first step: until there is a second one.
+    kill(start_until(command(experiment, folder, run_dir), run_dir / "previous.pt"))
+    assert_killed_within(run_dir)
     train(experiment, run_dir, data_root=str(folder))
     assert_same_end(run_dir, whole)
     last = state(run_dir)["model"]
@@ -130,7 +139,7 @@ def test_two_ranks_killed_and_continued_end_with_the_same_weights(
     run(on_two_ranks(command("mocov2_imagenet", folder, whole)))
     arguments = on_two_ranks(command("mocov2_imagenet", folder, run_dir))
     kill(start_until(arguments, run_dir / "previous.pt"))
-    assert not (run_dir / "backbone.pt").exists(), "killed too late"
+    assert_killed_within(run_dir)
     run(arguments)
     assert_same_end(run_dir, whole)
 
@@ -246,12 +255,15 @@ def test_what_a_user_can_mend_stops_before_any_work(
 
 @pytest.mark.parametrize("regime", ["baseline", "joint"])
 def test_byols_other_regimes(regime: str, folder: Path, tmp_path: Path) -> None:
-    plain = {"standard_randaug": (0, 0), "heavy_crop": False, "epochs": 1}
+    plain = {"standard_randaug": (0, 0), "heavy_crop": False, "max_steps": 1}
     settings = {"data_root": str(folder), "regime": regime, **plain}
-    train("byol_harder_aug_imagenet", tmp_path / "run", **settings)
-    (row,) = metrics(tmp_path / "run")
+    train("byol_harder_aug_imagenet", tmp_path, **settings)
+    (row,) = metrics(tmp_path)
     assert row["loss"] == pytest.approx(row["symmetric"], abs=1e-6)
     assert "asymmetric" not in row
+    torch.manual_seed(0)
+    start = online_network("resnet18", hidden_dim=16, projector_dim=8)
+    assert_target_follows(start, tmp_path, online_passes=2)
 
 
 def test_stl10_pretrains_on_all_and_is_evaluated_on_the_labelled(

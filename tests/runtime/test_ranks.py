@@ -112,6 +112,11 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
     return images.flatten(1).float()
 
 
+def far_labels() -> torch.Tensor:
+    """Of 47 images: none is of class 0."""
+    return torch.arange(47) % 2 + 1
+
+
 def on_a_rank(rank: int, port: int, folder: Path) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -159,6 +164,12 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
         neighbours=5,
         ranks=ranks,
     )
+
+    # Fewer neighbours than k on each rank, all of them far away: what fills up must not vote.
+    torch.manual_seed(0)
+    bank, queries = torch.rand(47, 5), -torch.rand(9, 5)
+    result["few"] = knn_predict(queries, bank[mine], far_labels()[mine], 3, ranks=ranks)
+    result["few alone"] = knn_predict(queries, bank, far_labels(), 3)
 
     meter = Meter(ranks, {}, 0)
     meter.add({"loss": torch.tensor(float(rank))})
@@ -267,6 +278,8 @@ def test_features_are_joined_in_order_and_knn_counts_each_image_once(results: li
     nearest = knn_predict(pixels(test.images), pixels(train.images), train.labels, 3, neighbours=5)
     for result in results:
         assert torch.equal(result["nearest 5"], nearest)
+        assert torch.equal(result["few"], result["few alone"])
+        assert 0 not in result["few"]
         assert torch.equal(result["gathered"], pixels(train.images))
         assert result["knn"] == expected
 

@@ -89,28 +89,6 @@ def test_epsilon_bounds_the_rate_of_a_vanishing_gradient() -> None:
     assert 2 - p.item() == pytest.approx(0.001 * 2 / 2, rel=1e-9)
 
 
-def test_the_step_does_not_depend_on_the_scale_of_the_gradient() -> None:
-    values, grads = random_tensors(0), random_tensors(1)
-    results = []
-    for factor in (1.0, 1000.0):
-        params = parameters(values)
-        step(LARC(params, 1.0, 0.9), params, [factor * g for g in grads])
-        results.append(params)
-    for p, q, value in zip(*results, values, strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=1e-11)
-        assert ((value - p).norm() / value.norm()).item() == pytest.approx(0.001, rel=1e-7)
-
-
-def test_tensors_are_scaled_independently() -> None:
-    # Each moves by trust · ‖p‖ against its gradient, whatever the other one does.
-    small = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    large = nn.Parameter(torch.tensor([400.0], dtype=torch.float64))
-    grads = [torch.tensor([8.0], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)]
-    step(LARC([small, large], lr=1.0, momentum=0.9), [small, large], grads)
-    assert small.item() == pytest.approx(1 - 0.001, rel=1e-11)
-    assert large.item() == pytest.approx(400 + 0.4, rel=1e-11)
-
-
 def test_a_zero_bias_takes_a_plain_first_step_and_an_adapted_second() -> None:
     bias = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     optimiser = LARC([bias], lr=0.5, momentum=0.5, weight_decay=0.1)

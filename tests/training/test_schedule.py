@@ -19,16 +19,6 @@ def test_every_epoch_of_the_paper() -> None:
     assert rates == pytest.approx(expected, rel=1e-12, abs=1e-17)
 
 
-def test_corners_of_the_paper() -> None:
-    assert warmup_cosine(1, 800, 10, LR) == pytest.approx(LR / 9, rel=1e-15)
-    assert warmup_cosine(8, 800, 10, LR) == pytest.approx(LR * 8 / 9, rel=1e-15)
-    assert warmup_cosine(9, 800, 10, LR) == pytest.approx(LR, rel=1e-15)  # over in the ninth …
-    assert warmup_cosine(10, 800, 10, LR) == LR  # … and the cosine starts from the peak
-    assert warmup_cosine(11, 800, 10, LR) < LR
-    assert warmup_cosine(405, 800, 10, LR) == pytest.approx(LR / 2, rel=1e-12)  # half way
-    assert warmup_cosine(800, 800, 10, LR) == 0
-
-
 @pytest.mark.parametrize("warmup_epochs", [0, 1])
 def test_without_a_warmup_the_cosine_rules_from_the_first_epoch(warmup_epochs: int) -> None:
     rates = [warmup_cosine(epoch, 20, warmup_epochs, 1.0) for epoch in range(1, 21)]
