@@ -62,9 +62,7 @@ class Config:
     workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
     skip_broken: bool = False  # leave out files that cannot be decoded
     # model
-    stem_stride: Literal[0, 1, 2] = (
-        0  # of a backbone for 32 px; 0: by its run's config.json, else 1
-    )
+    stem_stride: Literal[0, 1, 2] = 0  # of a backbone for 32 px; 0: as in its config.json, else 1
     # run
     seed: Seed = 0  # of shapes
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU

@@ -71,9 +71,7 @@ class Config:
     regime: Regime = "dssl"  # baseline, joint ("w/ T̂") or dssl, table 1
     randaug_num_ops: NumOps = 2  # N of RandAugment(N, M), the heavy view
     randaug_magnitude: Magnitude = 9  # M, 0..30
-    translate_relative: bool = (
-        False  # translations of M/30 · 100/224 of the side, not M/30 · 100 px
-    )
+    translate_relative: bool = False  # translate by M/30 · 100/224 of the side, not M/30 · 100 px
     # model
     backbone: CifarDepth = "resnet18"  # with the stem for 32 px
     width: Width = 64  # channels of the backbone's first stage, a multiple of 8

@@ -6,6 +6,9 @@ The authors' scripts and, where there is none, this project's choices: docs/diff
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +113,19 @@ def test_defaults(experiment: str) -> None:
     assert {name: getattr(config, name) for name in SETTINGS[experiment]} == SETTINGS[experiment]
     statistics = cifar10 if experiment.endswith("cifar10") else imagenet
     assert script.normalised is statistics.normalised
+
+
+@pytest.mark.parametrize("experiment", SETTINGS)
+def test_every_setting_is_explained(experiment: str) -> None:
+    """By a comment in its line, which `--help` shows."""
+    config = importlib.import_module(f"{experiment}.run").Config
+    source = inspect.getsource(config)
+    unexplained = [
+        one.name
+        for one in fields(config)
+        if not re.search(rf"^    {one.name}: [^#\n]*  # \w", source, re.MULTILINE)
+    ]
+    assert unexplained == []
 
 
 def test_linear_evaluation_on_photographs() -> None:
