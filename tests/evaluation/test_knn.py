@@ -232,6 +232,8 @@ def test_the_ranks_shares_are_the_set_dealt_out(monkeypatch: pytest.MonkeyPatch)
         expected = [images[index, 0, 0].tolist() for index in range(rank, 25, 3)]
         assert share.tolist() == expected
         assert len(checks) == 3, "all ranks wait for each other equally often"
+    ranks = Ranks(1, 2, torch.device("cpu"))  # fewer images than ranks
+    assert extract_features(Rows(), images[:1], Rows(), ranks, nothing).shape == (0, 6)
 
 
 @pytest.mark.parametrize("was_training", [True, False])

@@ -232,6 +232,13 @@ def test_forward_returns_prediction_first() -> None:
     numpy.testing.assert_allclose(p.detach().numpy(), p_by_hand, rtol=0, atol=2e-4)
 
 
+def test_outputs_are_float32_under_autocast() -> None:
+    """Losses, and sums of their gradients, need the digits."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        p, z = small_network()(torch.randn(6, 3, 8, 8))
+    assert p.dtype == z.dtype == torch.float32
+
+
 def test_the_prediction_reaches_every_parameter() -> None:
     """The stop-gradient is in the loss; the network has none."""
     torch.manual_seed(0)
