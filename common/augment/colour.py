@@ -78,7 +78,7 @@ def saturation_(levels: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def hue_(levels: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` (float32 `[B]`, −0.5..0.5 turns), keeping HSV value and saturation.
+    """Shift the hue by `shift` (float32 `[B]`, −0.5..0.5 turns), keeping HSV value and saturation.
 
     The exact result rounded to whole levels, where Pillow's HSV has 8 bits a channel: for turns
     within ±0.1, 98 % of all colours and turns are within 6 levels of Pillow's, the farthest 18.
@@ -111,7 +111,7 @@ class ColorJitter(Augmentation):
 
     Args:
         brightness, contrast, saturation: factors are within 1 ± this, and at least 0.
-        hue: the turn is within ± this (0..0.5 turns).
+        hue: the shift is within ± this (0..0.5 turns of the colour circle).
         probability: of an image to be jittered at all.
     """
 
@@ -170,8 +170,8 @@ ADJUSTMENTS = (brightness_, contrast_, saturation_, hue_)
 def jitter_parameters(draws: Tensor) -> Tensor:
     """What `jittered` needs of ColorJitter's draws `[B, 8]`: float32 `[14, B]`, on the CPU.
 
-    For each of the four turns the factor, then the weight of the mean grey (1 where contrast is
-    adjusted), then that of the grey (1 where saturation is); then the hue's two turns.
+    For each of the four steps the factor, then the weight of the mean grey (1 where contrast is
+    adjusted), then that of the grey (1 where saturation is); then the two shifts of the hue.
     """
     order, parameters = draws[:, :4].to(torch.int64), draws[:, 4:]
     is_factor = (order >= 0) & (order < 3)
@@ -183,8 +183,8 @@ def jitter_parameters(draws: Tensor) -> Tensor:
 def jittered(images: Tensor, parameters: Tensor) -> Tensor:
     """ColorJitter with one sequence of steps for all images; equal to the drawn order.
 
-    Turn 1, hue, turns 2 and 3, hue, turn 4. A hue drawn first or second is turned after turn 1, one
-    drawn third or fourth after turn 3; its own turn changes nothing, so the order is kept.
+    Step 1, hue, steps 2 and 3, hue, step 4. A hue drawn first or second is shifted after step 1, a
+    hue drawn third or fourth after step 3; its own step changes nothing, so the order is kept.
 
     Args:
         images: uint8 `[B, 3, H, W]`.
@@ -195,22 +195,22 @@ def jittered(images: Tensor, parameters: Tensor) -> Tensor:
     """
     factors, means, greys, (first_hue, second_hue) = parameters.split([4, 4, 4, 2])
     levels = images.to(torch.float32)
-    for turn in range(4):
+    for step in range(4):
         luma = grey(levels)
-        mean = per_image(means[turn]) * mean_grey(luma)
-        degenerate = torch.addcmul(mean, per_image(greys[turn]), luma)
-        levels = blend(degenerate, levels, factors[turn]).floor_()
-        if turn == 0:
-            levels = turned_hue(levels, first_hue)
-        if turn == 2:
-            levels = turned_hue(levels, second_hue)
+        mean = per_image(means[step]) * mean_grey(luma)
+        degenerate = torch.addcmul(mean, per_image(greys[step]), luma)
+        levels = blend(degenerate, levels, factors[step]).floor_()
+        if step == 0:
+            levels = shifted_hue(levels, first_hue)
+        if step == 2:
+            levels = shifted_hue(levels, second_hue)
     return levels.to(torch.uint8)
 
 
-def turned_hue(levels: Tensor, shift: Tensor) -> Tensor:
+def shifted_hue(levels: Tensor, shift: Tensor) -> Tensor:
     """`hue_` in half as many kernels, not in place.
 
-    float32 whole levels `[B, 3, H, W]`, and turns `[B]`.
+    float32 whole levels `[B, 3, H, W]`, and shifts `[B]`, in turns of the colour circle.
     """
     low, top = torch.aminmax(levels, dim=1, keepdim=True)
     chroma = top - low
