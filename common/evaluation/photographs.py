@@ -62,25 +62,31 @@ class PhotographEvaluation:
         self.train = train
         self.config = config
         self.val: PhotographSet | None = None
-        if not (config.knn_every and train.class_names):
-            has_val = False
-        elif config.dataset == "folder":
-            has_val = has_folder(Path(config.data_root), "val")
-            require(
-                training.ranks.agree(has_val),
-                f"not every process finds val/ in {shown(config.data_root)}; give every machine "
-                "the same files",
-            )
-        else:
-            has_val = True
-        if has_val:
+        if config.knn_every and train.class_names and self._has_val():
             source = (config.dataset, config.data_root, config.image_size, config.seed)
             self.val = find_photographs(*source, 1, "val", training.ranks, config.classes)
             names = (self.val.class_names, train.class_names)
             numbers = renumber(self.val.labels, *names, "val/")
             self.val_labels = torch.tensor(numbers, device=training.ranks.device)
         # Its batches differ from those of training: whether they fit is asked before it.
-        require_room(train.photographs, config.image_size, Loading(config.workers), training.ranks)
+        require_room(train.photographs, config.image_size, self._loading(), training.ranks)
+
+    def _has_val(self) -> bool:
+        """Whether there are photographs to classify, the same answer on every rank."""
+        config = self.config
+        if config.dataset != "folder":
+            return True
+        has_val = has_folder(Path(config.data_root), "val")
+        require(
+            self.training.ranks.agree(has_val),
+            f"not every process finds val/ in {shown(config.data_root)}; give every machine the "
+            "same files",
+        )
+        return has_val
+
+    def _loading(self, skip_broken: bool = False) -> Loading:
+        # Half of training's prefetch: at the defaults the memory for training is enough.
+        return Loading(self.config.workers, prefetch=2, skip_broken=skip_broken)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -135,11 +141,12 @@ class PhotographEvaluation:
     ) -> tuple[Tensor, Tensor]:
         """As `centre_features`, in eval mode."""
         backbone, config = self.network.backbone, self.config
-        loading = Loading(config.workers, skip_broken=skip_broken)
         size = (backbone.feature_dim, config.image_size)
         backbone.eval()
         try:
-            return centre_features(photographs, encode, *size, loading, ranks, self.training.stop)
+            return centre_features(
+                photographs, encode, *size, self._loading(skip_broken), ranks, self.training.stop
+            )
         finally:
             backbone.train()
 
