@@ -134,11 +134,11 @@ def began_in_this_job(path: Path) -> bool:
     By SLURM, which requeues a job, or by `torchrun --max-restarts`. Both repeat the command, with
     `--fresh` if that is in it.
     """
-    restarts = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
+    counts = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
+    if all(count == "0" for count in counts):
+        return False
     starts = read_starts(path)
-    return (
-        any(count != "0" for count in restarts) and bool(starts) and starts[-1].get("job") == _job()
-    )
+    return bool(starts) and starts[-1].get("job") == _job()
 
 
 def is_empty(folder: Path) -> bool:

@@ -59,7 +59,7 @@ class RunLog:
         self.folder = folder
         self.config = dict(config)
         self.defaults = defaults
-        self.fresh = fresh and not began_in_this_job(folder / "config.json")
+        self.fresh = fresh and ranks.any(not began_in_this_job(folder / "config.json"))
         self.ranks = ranks
         self.checkpoints = Checkpoints(folder)
         self.config_path = folder / "config.json"
