@@ -68,8 +68,11 @@ class PhotographEvaluation:
             names = (self.val.class_names, train.class_names)
             numbers = renumber(self.val.labels, *names, "val/")
             self.val_labels = torch.tensor(numbers, device=training.ranks.device)
-        # Its batches differ from those of training: whether they fit is asked before it.
-        require_room(train.photographs, config.image_size, self._loading(), training.ranks)
+        # Its batches differ from those of training: whether they fit is asked before it. Without
+        # kNN there is only what the first rank does alone.
+        ranks = training.ranks if self.val else Ranks(0, 1, training.ranks.device)
+        if training.ranks.is_main or self.val:
+            require_room(train.photographs, config.image_size, self._loading(), ranks)
 
     def _has_val(self) -> bool:
         """Whether there are photographs to classify, the same answer on every rank."""
@@ -85,8 +88,8 @@ class PhotographEvaluation:
         return has_val
 
     def _loading(self, skip_broken: bool = False) -> Loading:
-        # Half of training's prefetch: at the defaults the memory for training is enough.
-        return Loading(self.config.workers, prefetch=2, skip_broken=skip_broken)
+        # Batches of 256 are large: so that it needs about as much shared memory as training.
+        return Loading(self.config.workers, prefetch=1, skip_broken=skip_broken)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -52,11 +52,11 @@ def run_script(
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0]
-        if "DataLoader worker" in reason and "killed by signal" in reason:
-            advice = "use fewer --workers: the same command continues from the last checkpoint"
+        if "DataLoader worker" in reason and "killed by signal" in f"{error} {error.__cause__}":
+            again = "repeat the command" + " without --fresh" * getattr(config, "fresh", False)
             sys.exit(
                 f"error: a loader process was killed ({reason}), probably for lack of memory; "
-                f"{_advice(advice, config)}"
+                f"{again} with fewer --workers: a run continues from its last checkpoint"
             )
         # The allocators of CUDA and MPS, and of CPU tensors on Linux and macOS, and on Windows.
         signs = ("out of memory", "can't allocate memory", "not enough memory")

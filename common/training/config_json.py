@@ -124,21 +124,30 @@ def read_starts(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _job() -> str | None:
-    """The cluster's or torchrun's name of the job that this process belongs to."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    """The cluster's or torchrun's name of the job that this process belongs to; None: no name."""
+    name = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name  # torchrun's, where --rdzv-id is missing
 
 
-def began_in_this_job(path: Path) -> bool:
-    """Whether a run, by its config.json, was started last by this job, which was then restarted.
+def began_in_this_job(path: Path, config: Settings) -> bool:
+    """Whether this job itself began the run of a config.json, and was then restarted.
 
     By SLURM, which requeues a job, or by `torchrun --max-restarts`. Both repeat the command, with
     `--fresh` if that is in it.
+
+    Args:
+        path: of config.json.
+        config: the settings now; a run with others, which the same job may have trained before, is
+            another one.
     """
     counts = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
-    if all(count == "0" for count in counts):
+    if _job() is None or all(count == "0" for count in counts):
         return False
     starts = read_starts(path)
-    return bool(starts) and starts[-1].get("job") == _job()
+    if not starts or starts[-1].get("job") != _job():
+        return False
+    saved, now = json.loads(path.read_bytes())["config"], json.loads(json.dumps(dict(config)))
+    return all(saved.get(name) == value for name, value in now.items() if name not in MAY_CHANGE)
 
 
 def is_empty(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,11 +123,12 @@ def require_outside(folder: Path, dataset: str, data_root: Path) -> None:
     Raises:
         UserError: if `folder` lies where `--dataset folder` finds its training images.
     """
-    if dataset != "folder" or not data_root.is_dir():
+    if dataset != "folder":
         return
-    images = data_root / "train" if (data_root / "train").is_dir() else data_root
-    require(
-        not folder.resolve().is_relative_to(images.resolve()),
-        f"--run-dir {folder} is inside {images}, so its pictures would be trained on in a later "
-        "run; choose a --run-dir outside it",
-    )
+    with suppress(OSError):  # of a folder that must not be read; told where it is listed
+        images = data_root / "train" if (data_root / "train").is_dir() else data_root
+        require(
+            not images.is_dir() or not folder.resolve().is_relative_to(images.resolve()),
+            f"--run-dir {folder} is inside {images}, so its pictures would be trained on in "
+            "a later run; choose a --run-dir outside it",
+        )

@@ -59,10 +59,11 @@ class RunLog:
         self.folder = folder
         self.config = dict(config)
         self.defaults = defaults
-        self.fresh = fresh and ranks.any(not began_in_this_job(folder / "config.json"))
         self.ranks = ranks
         self.checkpoints = Checkpoints(folder)
         self.config_path = folder / "config.json"
+        # Of several machines torchrun may tell only one that it has restarted them.
+        self.fresh = fresh and not ranks.any(began_in_this_job(self.config_path, self.config))
         self.metrics = Metrics(folder / "metrics.jsonl", self.tell)
         self._board = Board(folder / "tensorboard", self.tell)
         self._saved_rows = ""  # of the checkpoint

@@ -105,7 +105,7 @@ def test_the_shared_memory_is_asked_before_training(
 ) -> None:
     """Batches of the evaluation are larger than those of training may be."""
     images = PhotographSet(of_colours(*[RED] * 300), [0] * 300, ("red",), "train")
-    free = 3 * (2 * 2 + 1) * 256 * 32 * 32  # two workers with two batches each, and one in use
+    free = 3 * (2 + 1) * 256 * 32 * 32  # two workers with a batch each, and one in use
     monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path)
     config = SimpleNamespace(**{**FOLDER, "knn_every": 0, "workers": 2})
     for room in (free, free - 1):

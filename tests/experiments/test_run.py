@@ -314,6 +314,8 @@ def test_a_run_folder_among_the_training_images_is_refused(folder: Path, tmp_pat
         with pytest.raises(UserError, match="choose a --run-dir outside it"):
             train(root, place)
     assert not list(root.glob("train/*"))
+    with pytest.raises(UserError, match=r"--data-root .* cannot be read"):  # in one sentence too
+        train(folder, tmp_path / "run", **{"data-root": "x" * 300})
 
 
 def test_an_error_in_the_evaluation_does_not_lose_the_epoch(

@@ -16,15 +16,25 @@ from scripts import ROOT
 
 SCRIPT = '''"""Weights τ, and T̂."""
 import os
+import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.runtime.errors import StopRequested, UserError
 from common.runtime.script import run_script
+
+
+class Killed(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ def main(config: Config) -> None:
             if step == 50 and config.end == "stop":
                 raise StopRequested(143)
             if step == 50 and config.end == "worker":
-                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+                next(iter(DataLoader(Killed(), num_workers=1)))
             if step == 50 and config.end == "bug":
                 raise RuntimeError("a bug")
             if step == 50 and config.end == "memory":
@@ -170,7 +180,7 @@ def test_every_sign_goes_through_on_every_encoding(encoding: str, script: Path) 
 ENDS = {
     "error": (1, b"\nerror: a sentence\n"),
     "stop": (143, b"\nStopped, with a checkpoint: the same command continues the run.\n"),
-    "worker": (1, b"\nerror: a loader process was killed (DataLoader worker (pid 7) is killed"),
+    "worker": (1, b"\nerror: a loader process was killed (DataLoader worker (pid"),
     "bug": (1, b"\nTraceback (most recent call last):\n"),
     "memory": (1, b"\nerror: too little memory ("),
     "memory of Python": (1, b"\nerror: too little memory (Python got none)"),
@@ -189,10 +199,16 @@ def test_the_last_message_starts_on_a_line_of_its_own(end: str, script: Path) ->
         assert errors.endswith(message)
 
 
-@pytest.mark.parametrize("end", ["stop", "worker"])
+ADVICE = {
+    "stop": b"the same command without --fresh continues ",
+    "worker": b"repeat the command without --fresh with fewer --workers: a run continues ",
+}
+
+
+@pytest.mark.parametrize("end", ADVICE)
 def test_the_advice_to_repeat_a_command_is_without_fresh(end: str, script: Path) -> None:
     _, _, errors = run(script, "--end", end, "--fresh")
-    assert b"the same command without --fresh continues " in errors
+    assert ADVICE[end] in errors
 
 
 def test_a_leading_tilde_is_the_home_directory(script: Path) -> None:

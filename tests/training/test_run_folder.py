@@ -616,6 +616,8 @@ def test_a_restarted_job_continues_its_fresh_run(
     launcher: tuple[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, restarter = launcher
+    for other in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(other, raising=False)
     run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
     monkeypatch.setenv(name, "17")
     for restarts in ("0", "1", "2"):
@@ -627,8 +629,17 @@ def test_a_restarted_job_continues_its_fresh_run(
         log.save(at(1))
         log.close()
     assert files(folder.parent) == ["a run", "a run.1"]
-    # Another job's run is moved aside, also where the first attempt failed before that.
+    # Another run is moved aside, also where the first attempt failed before that: of another job,
+    # of one with other settings, or where torchrun's jobs have no names.
+    other = {**SETTINGS, "seed": 7}
+    assert open_log(folder, other, fresh=True).load_checkpoint() is None
     monkeypatch.setenv(name, "18")
+    assert open_log(folder, fresh=True).load_checkpoint() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["starts"][-1]["job"] = "none"
+    (folder / "config.json").write_text(json.dumps(config))
     assert open_log(folder, fresh=True).load_checkpoint() is None
 
 
