@@ -113,8 +113,10 @@ torch.set_num_threads = stop_all
 
 def test_an_error_on_one_of_two_ranks_ends_both(tmp_path: Path) -> None:
     images, _ = shapes(40, 48, seed=0)
+    (tmp_path / "images").mkdir()
     for index, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.jpg")
+        path = tmp_path / "images" / f"{index}.jpg"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     script = tmp_path / "script.py"
     script.write_text("""
 import os, tyro
@@ -138,7 +140,7 @@ script.main(tyro.cli(script.Config))
         "batch-size": 8,
         "workers": 2,
         "device": "cpu",
-        "data-root": tmp_path,
+        "data-root": tmp_path / "images",
     }
     arguments = command_line(str(script), settings, "--run-dir", str(tmp_path / "run"))
     done = end_of(on_two_ranks(arguments), seconds=120)
