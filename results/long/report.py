@@ -37,6 +37,22 @@ def table(title: str, runs: dict[str, tuple[str, float]]) -> list[str]:
     return lines
 
 
+def by_epoch() -> list[str]:
+    """Mean kNN accuracy in percent at some epochs."""
+    lines = ["| kNN % after epoch | 10 | 25 | 50 | 75 | 100 |", "|---|---|---|---|---|---|"]
+    for label, (name, _) in RUNS.items():
+        seeds = [
+            {row["epoch"]: row["knn"] for row in rows if "knn" in row}
+            for rows in read(FOLDER, name)
+        ]
+        cells = [
+            f"{statistics.mean(knn[epoch] for knn in seeds):.1f}" if seeds else ""
+            for epoch in (10, 25, 50, 75, 100)
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
 def tables() -> str:
     lines = table("SimSiam", RUNS)
     half = summary([knn_at_half(rows) for rows in read(FOLDER, "simsiam-dssl")])
@@ -44,6 +60,7 @@ def tables() -> str:
     untrained = [rows[0]["knn"] for name, _ in RUNS.values() for rows in read(FOLDER, name)]
     lines += ["", f"untrained: kNN {summary(untrained)} %"]
     lines += [f"\n{name}: kNN {knn:.1f} %" for name, knn in raw_pixels().items()]
+    lines += ["", *by_epoch()]
     heavier = {
         regime: (f"byol-ra8-16-{regime}", cost) for regime, cost in (("joint", 1.0), ("dssl", 2.0))
     }
