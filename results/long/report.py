@@ -83,7 +83,7 @@ def plot(path: Path) -> None:
         draw(by_cost, seeds, "knn", colour, label, 100 * cost / epochs, style)
         draw(spreads, seeds, "spread", colour, label, ls=style)
     draw_raw_pixels(by_epoch, 200)
-    by_epoch.set(xlabel="epoch", ylabel="kNN accuracy, %", title="at equal epochs")
+    by_epoch.set(xlabel="epoch", xlim=(-5, 205), ylabel="kNN accuracy, %", title="at equal epochs")
     by_cost.set(xlabel="cost, in epochs of baseline", title="at equal cost", ylabel="")
     spreads.set(xlabel="epoch", ylabel="spread (0: collapsed)", ylim=(0, 1.1))
     if by_epoch.get_legend_handles_labels()[0]:
