@@ -21,7 +21,7 @@ RUNS = {
     "baseline": ("simsiam-baseline", 1.0),
     "joint": ("simsiam-joint", 1.0),
     "dssl": ("simsiam-dssl", 2.0),
-    "baseline, 200 epochs": ("simsiam-baseline-200-epochs", 2.0),
+    "baseline, 200 epochs": ("simsiam-200-epochs-baseline", 2.0),
 }
 TITLE = "| {}, 100 epochs | cost | kNN % | linear % | `spread` |"
 
