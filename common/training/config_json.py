@@ -60,6 +60,11 @@ def with_newer(saved: Settings, wanted: Settings, defaults: Settings) -> dict[st
     return {**newer, **saved}
 
 
+def of_the_experiment(config: Settings) -> dict[str, Any]:
+    """The settings that must not change within a run."""
+    return {name: value for name, value in config.items() if name not in MAY_CHANGE}
+
+
 def require_same_settings(
     saved: Settings, wanted: Settings, defaults: Settings, folder: Path
 ) -> list[str]:
@@ -82,10 +87,7 @@ def require_same_settings(
     """
     whole = with_newer(saved, wanted, defaults)
     newer = sorted(whole.keys() - saved)
-    then, now = (
-        {name: value for name, value in config.items() if name not in MAY_CHANGE}
-        for config in (whole, wanted)
-    )
+    then, now = of_the_experiment(whole), of_the_experiment(wanted)
     changed = differences(then, now)
     unlike = [name for name in newer if name in now and now[name] != then[name]]
     if unlike:
@@ -101,8 +103,8 @@ def require_same_settings(
     return newer
 
 
-def read_starts(path: Path) -> list[dict[str, Any]] | None:
-    """What a run's config.json tells of its earlier starts; None: no file, or not readable.
+def read_config(path: Path) -> dict[str, Any] | None:
+    """A run's config.json: "config" and "starts"; None: no file, or not readable.
 
     Raises:
         UserError: if the file is valid but not of a run; what is missing in it is named.
@@ -120,7 +122,7 @@ def read_starts(path: Path) -> list[dict[str, Any]] | None:
                 f"{path} is not of a run of this repository: it has no {kind.__name__} {name!r}; "
                 "choose another --run-dir"
             )
-    return content["starts"]
+    return content
 
 
 def _job() -> str | None:
@@ -143,11 +145,11 @@ def began_in_this_job(path: Path, config: Settings) -> bool:
     counts = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
     if _job() is None or all(count == "0" for count in counts):
         return False
-    starts = read_starts(path)
-    if not starts or starts[-1].get("job") != _job():
+    saved = read_config(path)
+    if not saved or not saved["starts"] or saved["starts"][-1].get("job") != _job():
         return False
-    saved, now = json.loads(path.read_bytes())["config"], json.loads(json.dumps(dict(config)))
-    return all(saved.get(name) == value for name, value in now.items() if name not in MAY_CHANGE)
+    now = json.loads(json.dumps(dict(config)))  # tuples become lists, as in the file
+    return of_the_experiment(saved["config"]) == of_the_experiment(now)
 
 
 def is_empty(folder: Path) -> bool:
@@ -164,7 +166,7 @@ def require_run_or_empty(folder: Path) -> None:
     if not folder.is_dir() or is_empty(folder):
         return
     names = {path.name for path in folder.iterdir()}
-    is_run = read_starts(folder / "config.json") is not None
+    is_run = read_config(folder / "config.json") is not None
     require(
         is_run or {"metrics.jsonl", "tensorboard"} <= names,
         f"{folder} is not a run's folder (it has no config.json), so --fresh does not move it "
@@ -172,16 +174,25 @@ def require_run_or_empty(folder: Path) -> None:
     )
 
 
-def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
+def write_config(
+    path: Path, config: Mapping[str, Any], ranks: Ranks, *, continues: bool = False
+) -> list[str]:
     """Write the settings, and add this start to the earlier ones.
 
+    Args:
+        continues: whether the run has a checkpoint.
+
     Returns:
-        All starts.
+        Warnings: that the file was damaged, that a run continues in another precision.
 
     Raises:
         OSError: if it cannot be written.
-        UserError: as `read_starts`.
+        UserError: as `read_config`.
     """
+    earlier = read_config(path)
+    warnings = []
+    if earlier is None and path.exists():
+        warnings.append(f"{path} was damaged; earlier starts are lost")
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "job": _job(),
@@ -196,10 +207,16 @@ def write_config(path: Path, config: Mapping[str, Any], ranks: Ranks) -> list[di
             "numpy": np.__version__,
         },
     }
-    starts = [*(read_starts(path) or []), start]
+    starts = [*(earlier["starts"] if earlier else []), start]
+    before, now = (starts[-2].get("precision") if len(starts) > 1 else None), start["precision"]
+    if continues and before not in (None, now):
+        warnings.append(
+            f"the run was in {before} until now and continues in {now}, because --precision auto "
+            "follows the hardware"
+        )
     text = json.dumps({"config": dict(config), "starts": starts}, indent=2)
     write_whole(path, (text + "\n").encode())
-    return starts
+    return warnings
 
 
 def _device_name(ranks: Ranks) -> str:

@@ -24,7 +24,7 @@ from common.training.config_json import (
     Settings,
     began_in_this_job,
     is_empty,
-    read_starts,
+    read_config,
     require_run_or_empty,
     require_same_settings,
     write_config,
@@ -104,7 +104,7 @@ class RunLog:
         """
         if self.fresh:
             return None
-        read_starts(self.config_path)  # refuses the folder of another program
+        read_config(self.config_path)  # refuses the folder of another program
         state = self.checkpoints.load({"config": dict, "metrics": str, "progress": dict})
         require(
             self.ranks.agree(state and (state["progress"], state["metrics"])),
@@ -140,16 +140,9 @@ class RunLog:
         try:
             if self.fresh:
                 self._move_aside()
-            is_damaged = self.config_path.exists() and read_starts(self.config_path) is None
-            starts = write_config(self.config_path, self.config, self.ranks)
-            if is_damaged:
-                self.tell(f"warning: {self.config_path} was damaged; earlier starts are lost")
-            *_, before, now = [None, *(start.get("precision") for start in starts)]
-            if next_epoch and before not in (None, now):
-                self.tell(
-                    f"warning: the run was in {before} until now and continues in {now}, because "
-                    "--precision auto follows the hardware"
-                )
+            settings = (self.config_path, self.config, self.ranks)
+            for warning in write_config(*settings, continues=next_epoch > 0):
+                self.tell(f"warning: {warning}")
             self.metrics.start(self._saved_rows)
             self._board.start(self.metrics.rows(), next_epoch)
         except OSError as error:
