@@ -157,6 +157,7 @@ def main(config: Config) -> None:
         result |= linear_result(classifier, test_features, test_labels, config.sweep, ranks)
     if lock is not None:
         lock.release()
+
     # ---------------------------------------------------------------- kNN and result
     if config.knn:
         bank = (train_features, bank_labels, len(train.class_names))

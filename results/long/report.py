@@ -37,7 +37,7 @@ def table(title: str, runs: dict[str, tuple[str, float]]) -> list[str]:
     return lines
 
 
-def by_epoch() -> list[str]:
+def knn_by_epoch() -> list[str]:
     """Mean kNN accuracy in percent at some epochs."""
     lines = ["| kNN % after epoch | 10 | 25 | 50 | 75 | 100 |", "|---|---|---|---|---|---|"]
     for label, (name, _) in RUNS.items():
@@ -60,7 +60,7 @@ def tables() -> str:
     untrained = [rows[0]["knn"] for name, _ in RUNS.values() for rows in read(FOLDER, name)]
     lines += ["", f"untrained: kNN {summary(untrained)} %"]
     lines += [f"\n{name}: kNN {knn:.1f} %" for name, knn in raw_pixels().items()]
-    lines += ["", *by_epoch()]
+    lines += ["", *knn_by_epoch()]
     heavier = {
         regime: (f"byol-ra8-16-{regime}", cost) for regime, cost in (("joint", 1.0), ("dssl", 2.0))
     }

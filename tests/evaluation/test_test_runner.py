@@ -350,12 +350,10 @@ def test_one_process_at_a_time_trains_a_classifier_in_a_folder(
         f"another process is using {tmp_path}; wait for its end, or choose another --run-dir"
     )
     # The other kinds have files of their own.
-    assert in_child(lambda: raised_by(lambda: sweep_here(folder, weights, tmp_path))) == ""
+    rates = (1.0, 2.0)
+    swept = in_child(lambda: raised_by(lambda: evaluate(folder, weights, tmp_path, sweep=rates)))
+    assert swept == ""
     lock.release()
-
-
-def sweep_here(folder: Path, weights: Path, run_dir: Path) -> None:
-    evaluate(folder, weights, run_dir, sweep=(1.0, 2.0))
 
 
 def raised_by(function: Callable[[], None]) -> str:
