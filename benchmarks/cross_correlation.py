@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import tyro
 from torch import Tensor
 
 from common.losses.cross_correlation import cross_correlation_loss, standardise
@@ -64,7 +65,7 @@ def measure(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, list[float
     return peak() - before, seconds, value.detach(), z_1.grad
 
 
-if __name__ == "__main__":
+def main() -> None:
     context = multiprocessing.get_context("spawn")
     results = []
     for contestant in (written_out, ours):
@@ -77,3 +78,7 @@ if __name__ == "__main__":
     print(f"  C [{DIMENSIONS}, {DIMENSIONS}] written out     {memory_c:8.0f} MiB   1.00 × as fast")
     print(f"  inner products between images  {memory:8.0f} MiB   {ratio:.2f} × as fast")
     print(f"  relative difference: loss {abs(value / value_c - 1):.1e}, gradient {apart:.1e}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from common.dssl import loss_parts
@@ -89,7 +90,7 @@ def show(
     print(f"  largest relative difference of a tensor's gradient: {apart:.1e}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     for reverse_weight in (0.1, 0.0):
         show(
             "ResNet-18 at 32 px (simsiam_cifar10)",
@@ -105,3 +106,7 @@ if __name__ == "__main__":
         batch=8,
         size=224,
     )
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from logs import COLOURS, draw, draw_raw_pixels, knn_at_half, last, raw_pixels, read, summary
 
@@ -92,7 +94,11 @@ def plot(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":
+def main() -> None:
     (FOLDER / "report.md").write_text(tables())
     plot(FOLDER / "report.png")
     print(tables(), end="")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -12,12 +12,13 @@ import statistics
 import sys
 from pathlib import Path
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from logs import COLOURS, draw, draw_raw_pixels, knn_at_half, last, raw_pixels, read, summary
 
 FOLDER = Path(__file__).resolve().parent
 METHODS = {"simclr": "SimCLR", "byol": "BYOL", "simsiam": "SimSiam"}
-REGIMES = {"baseline": "baseline", "joint": "joint", "dssl": "dssl"}
 
 
 def cells(names: list[str], key: str) -> str:
@@ -26,7 +27,7 @@ def cells(names: list[str], key: str) -> str:
 
 def tables() -> str:
     lines = ["| kNN % | SimCLR | BYOL | SimSiam |", "|---|---|---|---|"]
-    for regime in REGIMES:
+    for regime in COLOURS:
         names = [f"{method}-{regime}" for method in METHODS]
         lines.append(f"| {regime} | {cells(names, 'knn')} |")
     halves = " | ".join(
@@ -42,7 +43,7 @@ def tables() -> str:
     lines += ["", *(f"{name}: kNN {knn:.1f} %\n" for name, knn in raw_pixels().items())]
     for key, title in (("linear", "linear %"), ("spread", "`spread` in the last epoch")):
         lines += ["", f"| {title} | SimCLR | BYOL | SimSiam |", "|---|---|---|---|"]
-        for regime in REGIMES:
+        for regime in COLOURS:
             names = [f"{method}-{regime}" for method in METHODS]
             if key == "spread":
                 values = [[last(rows, key) for rows in read(FOLDER, name)] for name in names]
@@ -93,7 +94,11 @@ def plot(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":
+def main() -> None:
     (FOLDER / "report.md").write_text(tables())
     plot(FOLDER / "report.png")
     print(tables(), end="")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
