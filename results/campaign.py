@@ -43,7 +43,8 @@ class Config:
     campaign: tyro.conf.Positional[Literal["miniature", "long"]]
     dataset: Literal["cifar10", "folder"] = "cifar10"  # a folder holds train/<class>, val/<class>
     data_root: str = str(REPOSITORY / "data")  # of CIFAR-10 (downloaded if absent), or the folder
-    jobs: int = 2  # runs at a time, of one thread each
+    jobs: int = 2  # runs at a time
+    threads: int = 1  # of each run; several finish one run sooner, and all of them later
     device: str = "cpu"  # of every run
 
 
@@ -209,7 +210,8 @@ class Campaign:
         finished = len(self.runs) - len(waiting)
         print(f"{finished} of {len(self.runs)} runs are finished", flush=True)
         stop = StopFlag(alone)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment["OMP_NUM_THREADS"] = str(config.threads)
         # This checkout's code, whichever one the environment was installed from.
         paths = (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
