@@ -38,6 +38,7 @@ LARGEST = 2**29
 LONGEST_NAME = 4096  # bytes, as paths on Linux
 # An empty part, "." or ".."; separators of Windows, which would hide parts; the end of a C text.
 UNSAFE = re.compile(rb"(?:^|/)\.{0,2}(?:/|\Z)|[\\\0]")
+CURRENT_FOLDER = re.compile(rb"\A(?:\./)+")  # as in "./a.jpg"; some programs write it
 UNSAFE_REASON = "entries whose names are no relative paths with '/'"
 
 
@@ -73,7 +74,7 @@ class Entry(NamedTuple):
             except zlib.error:
                 raise ValueError("its compressed content is damaged") from None
         if len(content) != header.size or zlib.crc32(content) != header.crc:
-            raise ValueError("its content has not the size and checksum that the archive states")
+            raise ValueError("its size or checksum differs from what the archive states")
         return np.frombuffer(content, np.uint8)
 
     def _packed(self) -> bytearray:
@@ -158,8 +159,11 @@ class Archive:
     def _add(self, position: int) -> int:
         """Note the entry at a position; returns the next one's."""
         header = read_header(self.directory, position)
-        name = os.fsdecode(header.name)
-        if UNSAFE.search(header.name.removesuffix(b"/")) or len(header.name) > LONGEST_NAME:
+        plain = CURRENT_FOLDER.sub(b"", header.name)
+        name = os.fsdecode(plain)
+        if not plain and header.name:
+            return header.end  # "./" itself
+        if UNSAFE.search(plain.removesuffix(b"/")) or len(plain) > LONGEST_NAME:
             self.left_out.append((UNSAFE_REASON, name))
             return header.end
         if name in self.positions and not name.endswith("/"):

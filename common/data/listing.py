@@ -86,16 +86,16 @@ def find_split(
     """List a split of an image folder, and print once what was found and what was left out.
 
     Args:
-        root: a folder or an archive, as of `open_root`. It holds `<split>/`; where it has no
+        root: a folder or an archive, as for `open_root`. It holds `<split>/`; where it has no
             `train/`, all its images are the training split.
         split: "train" or "val".
         at_least: how many images are needed.
-        classes: a file of the classes that are used, as of `read_classes`; "": all.
+        classes: a file of the classes that are used, as for `read_classes`; "": all.
 
     Raises:
         UserError: if the folder is missing or has too few images, if its folders look like those
-            of another layout, whose validation images would be trained on, or if it does not have
-            the classes.
+            of another layout, whose validation images would count as training images, or if it does
+            not have the classes.
     """
     only = read_classes(Path(classes)) if classes else None
     opened = open_root(root)
@@ -170,8 +170,8 @@ def _split_folder(root: Folder | ArchiveFolder, split: str) -> Folder | ArchiveF
     for name in folders:
         if name.lower() in EVALUATION_SPLITS:
             raise UserError(
-                f"{where} holds {shown(name)}/ but no train/, so that these images would be "
-                "trained on; name the folder of training images train/, or give --data-root a "
+                f"{where} holds {shown(name)}/ but no train/, so that these images would count as "
+                "training images; name the folder of training images train/, or give --data-root a "
                 "folder that holds nothing else"
             )
     return root

@@ -31,7 +31,7 @@ def knn_predict(
     The bank may be spread over ranks: each finds its own k nearest, the best of these count.
 
     Args:
-        queries: `[Q, d]`, floating point, any length (normalised here); the same on every rank.
+        queries: `[Q, d]`, floating point, of any norm (normalised here); the same on every rank.
         bank: `[N, d]`, likewise; this rank's share.
         bank_labels: int64 `[N]`, of that share.
         neighbours: k; the whole bank where it is smaller.
@@ -42,7 +42,10 @@ def knn_predict(
         int64 `[Q]`, the same on every rank.
     """
     queries = F.normalize(queries.float(), dim=1)
-    bank = F.normalize(bank.float(), dim=1).T.contiguous()
+    bank = bank.float()
+    norms = torch.linalg.vector_norm(bank, dim=1).clamp_min(1e-12)  # as F.normalize
+    # In one copy, columns first: the bank may be of many gigabytes.
+    bank = torch.div(bank.T, norms, out=bank.new_empty(bank.shape[::-1]))
     here = min(neighbours, bank.shape[1])
     # Filled in place: small tensors kept from each chunk would cut up the memory that it frees.
     predictions = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
@@ -75,6 +78,7 @@ def knn_accuracy(
     The images are shared among the ranks, each counted once.
 
     Args:
+        train, test: both with labels.
         encode: uint8 images `[B, 3, H, W]` on the device to features `[B, d]`.
         check: called between chunks of images; may raise to stop.
     """

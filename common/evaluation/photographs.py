@@ -1,4 +1,4 @@
-"""Evaluation of a run on photographs: kNN while it trains, alike photographs at its end."""
+"""Evaluation of a run on photographs: kNN during training, similar photographs at the end."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class EvaluationConfig(Protocol):
     classes: str
     image_size: int
     workers: int
+    pin_memory: bool
     seed: int
     knn_every: int
     knn_images: int
@@ -46,7 +47,7 @@ class PhotographEvaluation:
 
     Args:
         training: of the run.
-        network: with a `backbone`; every rank's buffers become rank 0's.
+        network: with a `backbone`; all ranks get rank 0's buffers.
         train: the training photographs.
 
     Raises:
@@ -62,17 +63,30 @@ class PhotographEvaluation:
         self.train = train
         self.config = config
         self.val: PhotographSet | None = None
-        if config.knn_every and train.class_names and self._has_val():
-            source = (config.dataset, config.data_root, config.image_size, config.seed)
-            self.val = find_photographs(*source, 1, "val", training.ranks, config.classes)
-            names = (self.val.class_names, train.class_names)
-            numbers = renumber(self.val.labels, *names, "val/")
-            self.val_labels = torch.tensor(numbers, device=training.ranks.device)
-        # Its batches differ from those of training: whether they fit is asked before it. Without
-        # kNN there is only what the first rank does alone.
+        if config.knn_every and self._has_val():
+            self.val = self._find_val()
+        # The batches of evaluation differ from those of training: check before it that they fit.
+        # Without kNN only the first rank loads any, in `neighbours`.
         ranks = training.ranks if self.val else Ranks(0, 1, training.ranks.device)
         if training.ranks.is_main or self.val:
             require_room(train.photographs, config.image_size, self._loading(), ranks)
+
+    def _find_val(self) -> PhotographSet | None:
+        """The photographs to classify; None, and a line that says why, where labels are missing."""
+        config, train, ranks = self.config, self.train, self.training.ranks
+        val, stray, split = None, train.stray, "train"
+        if train.class_names:
+            source = (config.dataset, config.data_root, config.image_size, config.seed)
+            val = find_photographs(*source, 1, "val", ranks, config.classes)
+            stray, split = val.stray, "val"
+        if stray:
+            if ranks.is_main:
+                print(f"No kNN: {shown(stray)} of {split}/ is in no class folder.")
+            return None
+        if val is not None:
+            numbers = renumber(val.labels, val.class_names, train.class_names, "val/")
+            self.val_labels = torch.tensor(numbers, device=ranks.device)
+        return val
 
     def _has_val(self) -> bool:
         """Whether there are photographs to classify, the same answer on every rank."""
@@ -89,7 +103,8 @@ class PhotographEvaluation:
 
     def _loading(self, skip_broken: bool = False) -> Loading:
         # Batches of 256 are large: so that it needs about as much shared memory as training.
-        return Loading(self.config.workers, prefetch=1, skip_broken=skip_broken)
+        config = self.config
+        return Loading(config.workers, 1, config.pin_memory, skip_broken)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -125,8 +140,9 @@ class PhotographEvaluation:
         small: list[Tensor] = []
 
         def encode(images: Tensor) -> Tensor:
-            shrunk = F.interpolate(images.float(), (side, side), mode="area")
-            small.append(shrunk.round().to(torch.uint8).cpu())
+            # On the CPU: MPS shrinks by whole factors only.
+            shrunk = F.interpolate(images.cpu().float(), (side, side), mode="area")
+            small.append(shrunk.round().to(torch.uint8))
             return self.encode(images)
 
         index = sample(len(self.train.photographs)).tolist()

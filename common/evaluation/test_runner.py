@@ -61,7 +61,7 @@ class Config:
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # train/<class>/*, val/<class>/*; STL-10
     classes: str = ""  # a file of the classes to use, one a line; default: all
     image_size: Pixels = 224  # pixels; evaluation resizes to 8/7 of it and cuts the centre
-    workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
+    workers: Workers = -1  # loader processes of each rank; -1: its share of the usable cores
     skip_broken: bool = False  # in place of a training file that cannot be decoded take the next
     # model
     backbone: Depth = "resnet50"  # what was pretrained
@@ -142,6 +142,15 @@ def main(config: Config) -> None:
         train_features, used = centre_features(train.photographs, *reading, loading, ranks, stop)
         bank_labels = train_labels[used.to(device)]
 
+    # ---------------------------------------------------------------- kNN
+    knn: dict[str, float] = {}
+    if config.knn:  # before the classifier, so that the bank's memory is free while it trains
+        bank = (train_features, bank_labels, len(train.class_names))
+        knn["knn"] = accuracy_of_features(test_features, test_labels, *bank, ranks)
+        del bank
+    if not config.cache_features:
+        train_features = bank_labels = None
+
     # ---------------------------------------------------------------- classifier
     if config.cache_features:
         if ranks.is_main:
@@ -158,10 +167,8 @@ def main(config: Config) -> None:
     if lock is not None:
         lock.release()
 
-    # ---------------------------------------------------------------- kNN and result
-    if config.knn:
-        bank = (train_features, bank_labels, len(train.class_names))
-        result["knn"] = accuracy_of_features(test_features, test_labels, *bank, ranks)
+    # ---------------------------------------------------------------- result
+    result |= knn
     for name, value in backbone.state_dict().items():
         if not torch.equal(value, before[name]):
             raise RuntimeError(f"the frozen backbone's {name} changed")

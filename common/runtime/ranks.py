@@ -46,7 +46,8 @@ class Ranks:
         if batch_size % self.world_size:
             raise UserError(
                 f"a global batch of {batch_size} does not divide among {self.world_size} "
-                f"processes; make --batch-size a multiple of {self.world_size}"
+                f"processes; make --batch-size a multiple of {self.world_size}, or start another "
+                "number of processes (torchrun --nproc-per-node)"
             )
         local = batch_size // self.world_size
         return slice(self.rank * local, (self.rank + 1) * local)
@@ -68,7 +69,7 @@ class Ranks:
             )
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Give every rank rank 0's BatchNorm averages, for evaluation and checkpoints."""
+        """Copy rank 0's buffers to all ranks, for evaluation and checkpoints."""
         if self.world_size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
@@ -92,7 +93,10 @@ class Ranks:
         return bool((everyones == own).all())
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Rows rank, rank + world_size, … of a set of `count`, from every rank, joined in order."""
+        """Join each rank's rows of a set of `count`: `[n, …]` to `[count, …]`, on every rank.
+
+        A rank has the rows rank, rank + world_size, … of the set.
+        """
         if self.world_size == 1:
             return rows
         longest = -(-count // self.world_size)

@@ -40,7 +40,7 @@ def run_script(
             main(_expand_home(config))
         finally:
             close_bars()
-        # Only now: DDP went with main's variables.
+        # Only now: main's variables, DDP among them, are deleted.
         launch.finish()
     except UserError as error:
         sys.exit(f"error: {_advice(str(error), config)}")
@@ -62,9 +62,10 @@ def run_script(
         signs = ("out of memory", "can't allocate memory", "not enough memory")
         if not isinstance(error, MemoryError) and not any(sign in reason for sign in signs):
             raise
+        where = ", in a new run (--fresh)" * hasattr(config, "fresh")
         sys.exit(
             f"error: too little memory ({reason or 'Python got none'}); use a smaller batch, "
-            "smaller images or a smaller network"
+            f"smaller images or a smaller network{where}"
         )
 
 

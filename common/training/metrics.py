@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ class Metrics:
     def rows(self) -> list[dict[str, Any]]:
         """All rows, in the order in which they were appended."""
         return [json.loads(line) for line in self.text.splitlines()]
+
+    def has_epochs(self) -> bool:
+        """Whether the file has rows of trained epochs; epoch 0 is of the untrained network."""
+        return bool(re.search(rb'^{"epoch": [1-9]', self._read() or b"", re.MULTILINE))
 
     def start(self, saved: str) -> None:
         """Take over the rows of a checkpoint; rows that came after it are removed from the file.

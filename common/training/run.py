@@ -114,14 +114,15 @@ class Run:
             batches: the images.
             view_maker: whose views are drawn into views.png, and compiled with `--compile`.
         """
-        return Training(self.config, self.ranks, self.log, self.saved, parts, batches, view_maker)
+        saved, self.saved = self.saved, None  # its memory is free once it is restored
+        return Training(self.config, self.ranks, self.log, saved, parts, batches, view_maker)
 
 
 def require_outside(folder: Path, dataset: str, data_root: Path) -> None:
     """Refuse a run folder among the training images: the pictures in it would be trained on.
 
     Raises:
-        UserError: if `folder` lies where `--dataset folder` finds its training images.
+        UserError: if `folder` is inside the training images of `--dataset folder`.
     """
     if dataset != "folder":
         return

@@ -112,7 +112,8 @@ class RunLog:
             "file system that all machines share",
         )
         if state is None:
-            for name in ("best.pt", "backbone.pt"):
+            left = ["best.pt", "backbone.pt"] + ["metrics.jsonl"] * self.metrics.has_epochs()
+            for name in left:
                 if (self.folder / name).exists():
                     raise UserError(
                         f"{self.folder} has {name} but no checkpoint to continue from; choose "
@@ -202,7 +203,7 @@ class RunLog:
             return
         content = io.BytesIO()
         picture.save(content, "PNG")
-        self._guard(f"{name}.png", lambda path: write_whole(path, content.getbuffer()), must=False)
+        self._write_file(f"{name}.png", content.getbuffer(), must=False)
         self._board.picture(name, picture, epoch)
 
     def features(self, features: Tensor, images: Tensor, epoch: int) -> None:

@@ -145,6 +145,21 @@ def test_images_without_classes_and_a_single_folder_around_them(tmp_path: Path) 
     assert fingerprint(flat.names) == fingerprint(listing.names)
 
 
+def test_names_may_begin_with_the_current_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, "0.png")
+    with zipfile.ZipFile(tmp_path / "X.zip", "w") as archive:
+        archive.writestr(RawName("./"), b"")
+        for name in ("./train/cat/0.png", "././train/dog/1.png"):
+            archive.writestr(RawName(name), (tmp_path / "0.png").read_bytes())
+    listing = find_split(tmp_path / "X.zip", "train", ALONE)
+    assert listing.names == ["cat/0.png", "dog/1.png"]
+    assert "Not used" not in capsys.readouterr().out
+    expected = decode(tmp_path / "0.png")
+    assert all(torch.equal(decode(file), expected) for file in listing.files)
+
+
 def test_hostile_entries_are_left_out_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,12 +212,12 @@ def swap_name(content: bytearray, local: int, central: int) -> None:
 
 
 DAMAGES = {
-    "checksum": (flip, METHODS[0], "has not the size and checksum"),
+    "checksum": (flip, METHODS[0], "its size or checksum differs"),
     "encrypted": (patch(8, "<H", 1), METHODS[0], "it is encrypted"),
     "method": (patch(10, "<H", 12), METHODS[0], "compression method 12 is neither store nor"),
-    "claims less": (patch(24, "<L", 5), METHODS[1], "has not the size and checksum"),
-    "claims more": (patch(24, "<L", 10**6), METHODS[1], "has not the size and checksum"),
-    "packed less": (patch(20, "<L", 30), METHODS[1], "has not the size and checksum"),
+    "claims less": (patch(24, "<L", 5), METHODS[1], "its size or checksum differs"),
+    "claims more": (patch(24, "<L", 10**6), METHODS[1], "its size or checksum differs"),
+    "packed less": (patch(20, "<L", 30), METHODS[1], "its size or checksum differs"),
     "packed is stored": (patch(10, "<H", 8), METHODS[0], "compressed content is damaged"),
     "elsewhere": (patch(42, "<L", 3), METHODS[0], "has something else in its place"),
     "beyond the end": (patch(42, "<L", 10**6), METHODS[0], "the archive ends before it"),

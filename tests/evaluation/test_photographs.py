@@ -74,6 +74,7 @@ def test_knn_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         classes="",
         image_size=32,
         workers=0,
+        pin_memory=True,
         seed=0,
         knn_every=10,
         knn_images=2,
@@ -91,6 +92,7 @@ def test_knn_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RED_ALONE = PhotographSet(of_colours(RED), [0], ("red",), "train")
 FOLDER = {"dataset": "folder", "data_root": "", "knn_every": 1, "image_size": 32, "workers": 0}
+FOLDER |= {"classes": "", "seed": 0, "pin_memory": True}
 TRAINING = SimpleNamespace(ranks=Ranks(0, 1, torch.device("cpu")))
 
 
@@ -98,6 +100,21 @@ TRAINING = SimpleNamespace(ranks=Ranks(0, 1, torch.device("cpu")))
 def test_without_val_or_turned_off_there_is_no_knn(change: dict[str, object]) -> None:
     config = SimpleNamespace(**{**FOLDER, **change})
     assert PhotographEvaluation(TRAINING, None, RED_ALONE, config).after_epoch(1) == {}
+
+
+def test_an_image_outside_the_class_folders_is_named_and_there_is_no_knn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ImageNet's validation archive unpacks: without class folders."""
+    (tmp_path / "val" / "red").mkdir(parents=True)
+    for name in ("0.png", "red/1.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "val" / name)
+    config = SimpleNamespace(**{**FOLDER, "data_root": str(tmp_path)})
+    unlabelled = RED_ALONE._replace(labels=[], class_names=(), stray="7.png")
+    for train, sentence in ((RED_ALONE, "0.png of val/"), (unlabelled, "7.png of train/")):
+        assert PhotographEvaluation(TRAINING, None, train, config).after_epoch(1) == {}
+        said = capsys.readouterr().out.splitlines()
+        assert said[-1] == f"No kNN: {sentence} is in no class folder."
 
 
 def test_the_shared_memory_is_asked_before_training(

@@ -125,8 +125,8 @@ def test_what_came_after_the_checkpoint_is_forgotten(folder: Path) -> None:
     assert events_of(folder) == {"loss": expected}  # every epoch once, and no text
 
 
-def test_without_a_checkpoint_everything_is_forgotten(folder: Path) -> None:
-    run_epochs(folder, range(3), values=0.5)
+def test_what_came_before_the_first_checkpoint_is_forgotten(folder: Path) -> None:
+    run_epochs(folder, range(1), values=0.5)
     wait_for_the_next_second()
     run_epochs(folder, range(2), values=0.25)
     assert [row["loss"] for row in rows_of(folder)] == [0.25, 1.25]
@@ -691,11 +691,16 @@ def test_nothing_waits_for_a_pipe(name: str, folder: Path) -> None:
         assert f"{folder / name} is not a regular file" in told
 
 
-def test_a_folder_whose_checkpoints_were_deleted_is_not_overwritten(folder: Path) -> None:
-    run_epochs(folder, range(1, 3), values=0.5, checkpoint_after=2)
-    (folder / "last.pt").rename(folder / "backbone.pt")
-    with pytest.raises(UserError, match=r"has backbone\.pt but no checkpoint.*--fresh"):
+@pytest.mark.parametrize("left", ["backbone.pt", "metrics.jsonl"])
+def test_a_folder_whose_checkpoints_were_deleted_is_not_overwritten(
+    left: str, folder: Path
+) -> None:
+    run_epochs(folder, range(3), values=0.5, checkpoint_after=2)
+    (folder / "last.pt").rename(folder / left if left == "backbone.pt" else folder.parent / "x.pt")
+    rows = rows_of(folder)
+    with pytest.raises(UserError, match=rf"has {left} but no checkpoint.*--fresh"):
         open_log(folder).load_checkpoint()
+    assert rows_of(folder) == rows
 
 
 @pytest.mark.parametrize("fresh_before", [False, True])
