@@ -57,9 +57,9 @@ class Config:
     # data
     dataset: Literal["folder", "stl10", "cifar10", "cifar100", "shapes"] = "folder"  # of data_root
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # images in any folders
-    split: Literal["train", "val"] = "train"  # of a folder without train/ train is all images
+    split: Literal["train", "val"] = "train"  # without a folder train/, train is all images
     image_size: Pixels = 224  # pixels; a backbone for 32-px images takes 32
-    workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
+    workers: Workers = -1  # loader processes of each rank; -1: its share of the usable cores
     skip_broken: bool = False  # leave out files that cannot be decoded
     # model
     stem_stride: Literal[0, 1, 2] = 0  # of a backbone for 32 px; 0: as in its config.json, else 1
@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     )
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last).eval()
     is_small = isinstance(backbone, CifarResNet)
-    require(is_small or not config.stem_stride, "--stem-stride is of backbones for 32-px images")
+    require(is_small or not config.stem_stride, "--stem-stride is only for backbones of 32 px")
     size = cifar10.IMAGE_SIZE if is_small else config.image_size
     require(
         config.image_size in (size, Config.image_size),
@@ -137,7 +137,7 @@ def require_free(output: Path) -> None:
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Refuse a folder that has no room for a file of `size` bytes."""
+    """Raise a `UserError` if the folder has no room for a file of `size` bytes."""
     free = shutil.disk_usage(folder).free
     require(
         size < free,
@@ -147,7 +147,11 @@ def require_room(folder: Path, size: int) -> None:
 
 
 def write(output: Path, features: Tensor, done: Sequence[int], found: PhotographSet) -> None:
-    """Write features float32 `[n, d]` of the photographs `done`, n of those that were found."""
+    """Write features float32 `[n, d]` of the photographs `done`, n of those that were found.
+
+    Raises:
+        UserError: if the file exists or cannot be written.
+    """
     content = {"features": features.numpy(), "paths": np.array([found.names[i] for i in done])}
     if found.class_names:
         content["labels"] = np.array(found.labels, np.int64)[done]

@@ -73,7 +73,7 @@ class Config:
     data_root: str = str(REPOSITORY / "data" / "imagenet")  # folder or zip of photographs; STL-10
     classes: str = ""  # a file of the classes to use, one a line; default: all
     image_size: Pixels = 224  # of a view
-    workers: Workers = -1  # loader processes of each rank; -1: the machine's cores among its ranks
+    workers: Workers = -1  # loader processes of each rank; -1: its share of the usable cores
     prefetch: Positive = 4  # batches that each worker keeps ready
     pin_memory: bool = True  # page-locked batches, with CUDA only
     skip_broken: bool = False  # in place of a file that cannot be decoded use the next one

@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 def own_projection(view: Tensor, z: Tensor) -> Tensor:
-    """The target of methods without a target network: the view's own projection."""
+    """The target of methods without a target network: the view's own projection z `[B, d]`."""
     return z
 
 
@@ -153,7 +153,7 @@ class _GradientSums:
         return self
 
     def over(self, parts: Sequence[Part]) -> Iterator[Part]:
-        """The parts, whose activations are in memory together; as one where they have to be."""
+        """The parts one after the other; their sum under DDP or where views share a pass."""
         for part in [_joined(parts)] if self.is_ddp or self.joins_views else parts:
             yield part
             if not self.is_ddp:

@@ -1,7 +1,7 @@
 """Many training runs by one command.
 
     python results/campaign.py miniature      the CIFAR-10 tables in miniature, 10 epochs a run
-    python results/campaign.py long           SimSiam's three regimes at 100 epochs, one job
+    python results/campaign.py long           SimSiam at 100 and 200 epochs, then BYOL
     python results/campaign.py long --dataset folder --data-root DIR
 
 Hours on a CPU; without --dataset, CIFAR-10 is downloaded. Stop a campaign at any time: the same

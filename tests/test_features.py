@@ -180,7 +180,7 @@ def test_nothing_is_overwritten_or_half_written(
     with pytest.raises(UserError, match=r"taken\.npz exists already; choose another --output"):
         features.main(settings(folder, weights, taken))
     assert taken.read_bytes() == b"mine"
-    with pytest.raises(UserError, match="--stem-stride is of backbones for 32-px images"):
+    with pytest.raises(UserError, match="--stem-stride is only for backbones of 32 px"):
         features.main(settings(folder, weights, tmp_path / "new.npz", stem_stride=2))
     with pytest.raises(UserError, match=r"has to end with \.npz"):
         features.main(settings(folder, weights, tmp_path / "features.npy"))

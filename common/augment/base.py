@@ -45,10 +45,10 @@ class Draws(NamedTuple):
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether to sort images by what they drew, so that each is computed once.
+        """Whether the images are on a CPU, where they are sorted by what they drew.
 
-        On GPUs, where each kernel has a price, all images go through the same ones, and masks
-        choose.
+        Then each image goes only through the operations that it drew. On GPUs, to launch fewer
+        kernels, all images go through the same operations, and masks select the results.
         """
         return self.device.device.type == "cpu"
 
@@ -138,6 +138,8 @@ def sorted_turns(
     Args:
         groups: int64 `[B, turns]` on the CPU, an image's group in each turn: 0..number − 1, or −1
             for none.
+        number: of groups.
+        device: where the turns are used.
         columns: int64 `[B, turns]` each, on the CPU: further numbers of each image.
 
     Returns:
@@ -187,8 +189,8 @@ def apply_in_groups(
 def levels_type() -> torch.dtype:
     """The type that arithmetic on whole levels is done in: int16, or float32 while compiling.
 
-    On CPUs floating point is reached and left in half the time from int16 that it takes from uint8.
-    Compiled code has the casts for nothing, but no vectors of int16.
+    On CPUs casting int16 to float and back takes half the time that uint8 takes. In compiled code
+    casts are free, but int16 is not vectorised.
     """
     return torch.float32 if torch.compiler.is_compiling() else torch.int16
 

@@ -103,7 +103,7 @@ class GaussianBlur(Augmentation):
         ValueError: for other σ, whose boxes may be wider.
     """
 
-    columns = 2  # 0: blurred, −1: left; σ
+    columns = 2  # 0: blurred, −1: not; σ
 
     def __init__(self, sigma: tuple[float, float] = (0.1, 2.0), probability: float = 0.5) -> None:
         if not 0 < sigma[0] <= sigma[1] <= 2:

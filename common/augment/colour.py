@@ -66,13 +66,16 @@ def brightness_(levels: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def contrast_(levels: Tensor, factor: float | Tensor) -> Tensor:
-    """Pillow's ImageEnhance.Contrast: away from the image's mean grey, rounded to an integer."""
+    """Pillow's ImageEnhance.Contrast: from `factor` 0, the mean grey rounded to an integer, to 1.
+
+    Arguments as in `brightness_`.
+    """
     pixels = levels.to(torch.float32)
     return levels.copy_(blend(mean_grey(grey(pixels)), pixels, factor))
 
 
 def saturation_(levels: Tensor, factor: float | Tensor) -> Tensor:
-    """Pillow's ImageEnhance.Color: away from the image's grey."""
+    """Pillow's ImageEnhance.Color: from `factor` 0, grey, to 1. Arguments as in `brightness_`."""
     pixels = levels.to(torch.float32)
     return levels.copy_(blend(grey(pixels), pixels, factor))
 
@@ -236,8 +239,7 @@ def _adjust(
 def _on_copy(
     adjustment: Callable[[Tensor, Tensor], Tensor], levels: Tensor, parameter: Tensor
 ) -> Tensor:
-    # A copy starts at offset 0, for which code is compiled once, and is aligned: on GPUs releases
-    # before pytorch/pytorch#154442 lose what changes in place elsewhere.
+    # A copy starts at offset 0 and is aligned, so that code is compiled once.
     return adjustment(levels.clone(), parameter)
 
 
@@ -249,7 +251,7 @@ def three_grey(images: Tensor) -> Tensor:
 class RandomGrey(Augmentation):
     """Turn an image to grey with this probability; three equal channels."""
 
-    columns = 1  # 0: turned to grey, −1: left
+    columns = 1  # 0: turned to grey, −1: not
 
     def __init__(self, probability: float) -> None:
         self.probability = probability

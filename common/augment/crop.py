@@ -194,7 +194,7 @@ def resize_centre_crop(images: Tensor, resize: int, size: int, kernel: str) -> T
 class RandomFlip(Augmentation):
     """Mirror an image left to right with this probability."""
 
-    columns = 1  # 0: flipped, −1: left
+    columns = 1  # 0: flipped, −1: not
 
     def __init__(self, probability: float = 0.5) -> None:
         self.probability = probability

@@ -76,7 +76,7 @@ def invert(images: Tensor, value: float = 0.0) -> Tensor:
 
 
 def posterize(images: Tensor, value: float) -> Tensor:
-    """Keep the max(1, int(value)) highest bits of each pixel."""
+    """Keep the max(1, int(value)) highest bits of each pixel; `value` 0..8."""
     dropped = 8 - max(1, int(value))
     return images & (255 >> dropped << dropped)
 
@@ -94,7 +94,7 @@ def solarize(images: Tensor, value: float) -> Tensor:
 
 
 def solarize_add(images: Tensor, value: float) -> Tensor:
-    """Add int(value), clip to 0..255, then invert the pixels at or above 128."""
+    """Add int(value), 0..255, clip to 255, then invert the pixels at or above 128."""
     added = int(value)
     return solarize(images.clamp(max=255 - added).add_(added), 128)
 
@@ -102,7 +102,7 @@ def solarize_add(images: Tensor, value: float) -> Tensor:
 def smooth(pixels: Tensor) -> Tensor:
     """Smooth whole levels as Sharpness does: `[B, 3, H, W]` to float32 `[B, 3, H − 2, W − 2]`.
 
-    int16 or float32; the nine pixels around each weigh 1, itself 5, rounded.
+    int16 or float32; a pixel weighs 5, each of the eight around it 1; rounded.
     """
     columns = (pixels[..., :-2] + pixels[..., 1:-1]).add_(pixels[..., 2:])
     total = (columns[..., :-2, :] + columns[..., 1:-1, :]).add_(columns[..., 2:, :])
@@ -123,9 +123,10 @@ def sharpness(
     value: float,
     sharpen: Callable[[Tensor, float], Tensor] = sharpened_inside,
 ) -> Tensor:
-    """Away from the smoothed image by factor `value`; the outermost pixels stay as they are.
+    """The smoothed image (`value` 0) to the image (1) and beyond; the outermost pixels stay.
 
     Args:
+        value: at least 0.
         sharpen: `sharpened_inside`, or that compiled.
     """
     sharpened = images.clone()
@@ -135,17 +136,17 @@ def sharpness(
 
 
 def color(images: Tensor, value: float) -> Tensor:
-    """Away from the image's grey by factor `value`."""
+    """The image's grey (`value` 0) to the image (1) and beyond; `value` is at least 0."""
     return to_uint8(saturation_(images.to(levels_type()), value))
 
 
 def contrast(images: Tensor, value: float) -> Tensor:
-    """Away from the image's mean grey by factor `value`."""
+    """The image's mean grey (`value` 0) to the image (1) and beyond; `value` is at least 0."""
     return to_uint8(contrast_(images.to(levels_type()), value))
 
 
 def brightness(images: Tensor, value: float) -> Tensor:
-    """Multiply by `value`."""
+    """Multiply by `value`, at least 0."""
     return to_uint8(brightness_(images.to(levels_type()), value))
 
 
@@ -198,7 +199,7 @@ def translate_y(images: Tensor, value: float) -> Tensor:
 
 
 def cutout(images: Tensor, value: float, centre: Tensor) -> Tensor:
-    """Fill a square of `value` pixels with grey-brown (125, 123, 114).
+    """Fill the square that `cutout_box` gives with grey-brown (125, 123, 114).
 
     Args:
         centre: float `[B, 2]`, (x, y) of the square's centre, in pixels.

@@ -118,10 +118,10 @@ class PhotographBatches:
             yield Batch(first, second, key, self.batch_size, self.rows)
 
     def examples(self, count: int) -> tuple[Tensor, Batch]:
-        """As of every source of images.
+        """As `Batches.examples`.
 
         Raises:
-            UserError: if one of the photographs cannot be decoded.
+            UserError: if a photograph and all after it cannot be decoded.
         """
         shown, (first, second) = self.crops.examples(count)
         return shown, Batch(first, second, (self.crops.seed, 0, 0), len(shown), slice(None))

@@ -36,7 +36,7 @@ class BrokenFile(Exception):  # noqa: N818 (the file is what is wrong)
 def decode(file: Path | Entry) -> Tensor:
     """Decode an image file, on disk or in an archive, to RGB.
 
-    JPEGs are decoded by torchvision and all else by Pillow, whose values torchvision's equal.
+    torchvision decodes JPEGs, to the same values as Pillow, which decodes all else.
     16-bit values are scaled to 8 bits, transparency is dropped, and the orientation that a
     camera noted (EXIF) is ignored.
 

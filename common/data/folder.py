@@ -133,7 +133,7 @@ class Folder:
         any capitals. Links to folders are followed, except to one that contains the link.
 
         Args:
-            only: as of `Found`.
+            only: as in `Found`.
         """
         found = Found(only)
 

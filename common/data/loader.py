@@ -40,7 +40,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.steps = range(0)
 
     def count(self, step: int) -> int:
-        """Photographs in a step: of the last, smaller batch as many as divide among the ranks."""
+        """Photographs in a step; the last, smaller batch is cut to a multiple of the ranks."""
         count = min(self.batch_size, self.photographs - step * self.batch_size)
         return count - count % self.ranks.world_size
 

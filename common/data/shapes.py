@@ -143,5 +143,5 @@ def shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def shapes_split(split: str, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The pictures and labels of the "train" or the "val" split, which share no picture."""
+    """As `shapes`, for the "train" or the "val" split; they have no picture in common."""
     return shapes(SPLITS[split], size, 2 * seed + (split != "train"))

@@ -55,7 +55,7 @@ def _read(path: Path, index: int) -> Tensor:
         raise BrokenFile(f"{path} cannot be read ({error})") from error
     if len(pixels) < IMAGE_BYTES:
         raise BrokenFile(f"{path} has no image {index}: it is shorter than before")
-    # Channels, columns, rows; in memory the channels come last, as of a decoded photograph.
+    # Channels, columns, rows; in memory the channels come last, as those of a decoded photograph.
     rows_first = torch.from_numpy(pixels).view(3, SIDE, SIDE).permute(2, 1, 0).contiguous()
     return rows_first.permute(2, 0, 1)
 

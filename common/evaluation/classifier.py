@@ -25,7 +25,7 @@ Batches = Callable[[int, int], Iterator[tuple[int, Tensor, Tensor]]]
 
 
 def new_classifier(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
-    """A linear classifier with weights from N(0, 0.01) and bias 0."""
+    """A linear classifier with weights from N(0, 0.01²) and bias 0."""
     classifier = nn.Linear(feature_dim, num_classes)
     nn.init.normal_(classifier.weight, std=0.01, generator=generator_for("classifier", seed))
     nn.init.zeros_(classifier.bias)
@@ -93,7 +93,7 @@ def batches_of_epoch(
 ) -> Iterator[tuple[int, Tensor, slice]]:
     """An epoch's batches from a step on, in the order that `epoch_order` gives `count` images.
 
-    Of the last, smaller batch as many images as divide among the ranks.
+    The last, smaller batch is cut to a multiple of the number of ranks.
 
     Args:
         batch_size: global, a multiple of the number of ranks.

@@ -32,7 +32,7 @@ from common.training.training import Training
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """How the classifier is trained; weights start from N(0, 0.01), the bias from 0.
+    """How the classifier is trained; weights start from N(0, 0.01²), the bias from 0.
 
     Plain SGD with momentum; the learning rate falls to a tenth from each milestone on.
     """
@@ -66,6 +66,7 @@ def linear_accuracy(
 
     Args:
         backbone: put in eval mode; no gradient reaches it. Its `feature_dim` is d.
+        train, test: both with labels.
         augmentation: of training images.
         encode_train, encode_test: uint8 images on the device to features `[B, d]`.
         stamp: identifies the backbone; a checkpoint of another backbone or protocol is not
@@ -122,7 +123,7 @@ class Evaluation:
 
     Args:
         training: of the run; keeps the accuracies in its checkpoint.
-        network: with a `backbone`; every rank's buffers become rank 0's.
+        network: with a `backbone`; all ranks get rank 0's buffers.
         data: on the device; the training images are labelled where there is a test set.
 
     Raises:

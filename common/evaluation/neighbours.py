@@ -41,7 +41,7 @@ def nearest(features: Tensor, queries: Tensor, count: int) -> Tensor:
     """The nearest images by cosine similarity, an image itself left out.
 
     Args:
-        features: float `[N, d]`, of any length.
+        features: float `[N, d]`, of any norm.
         queries: int64 `[Q]`, rows of `features`.
         count: neighbours of each, at most N − 1.
 

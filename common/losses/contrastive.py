@@ -16,16 +16,16 @@ from common.runtime.ranks import Ranks
 
 
 def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float, ranks: Ranks) -> Tensor:
-    """Each of the 2B projections of the global batch has to find the other one of its image.
+    """Each of the 2N projections of the global batch has to find the other one of its image.
 
-    Mean over anchors a of −log(exp(cos(a, a⁺)/τ) / Σ exp(cos(a, b)/τ)), the sum over the 2B − 1
+    Mean over anchors a of −log(exp(cos(a, a⁺)/τ) / Σ exp(cos(a, b)/τ)), the sum over the 2N − 1
     projections b other than a (Chen et al., equation 1). Gradient to anchors, positives and
     negatives.
 
     Args:
-        z_1, z_2: projections of both views, float `[B, d]`, this rank's share; of any length.
+        z_1, z_2: projections of both views, float `[B, d]`, this rank's share; of any norm.
         temperature: τ, above 0.
-        ranks: whose shares make the global batch.
+        ranks: whose shares make the global batch of N images.
 
     Returns:
         float32 scalar: the mean over this rank's anchors.
@@ -44,7 +44,7 @@ def info_nce(q: Tensor, k: Tensor, temperature: float, ranks: Ranks) -> Tensor:
     batch, i included.
 
     Args:
-        q: queries, float `[B, d]`, this rank's share; of any length.
+        q: queries, float `[B, d]`, this rank's share; of any norm.
         k: their keys, likewise; no gradient reaches them.
         temperature: τ, above 0.
         ranks: whose shares make the global batch.
@@ -64,9 +64,9 @@ def info_nce_with_queue(q: Tensor, k: Tensor, queue: Tensor, temperature: float)
     j over the queue (He et al., equation 1). The other keys of the batch are no negatives.
 
     Args:
-        q: queries, float `[B, d]`, of any length.
+        q: queries, float `[B, d]`, of any norm.
         k: their keys, likewise; no gradient reaches them.
-        queue: the negatives n, float32 `[K, d]`, each of length 1; no gradient reaches them.
+        queue: the negatives n, float32 `[K, d]`, each of norm 1; no gradient reaches them.
         temperature: τ, above 0.
 
     Returns:

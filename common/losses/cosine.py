@@ -1,4 +1,4 @@
-"""The cosine similarity that every loss here is made of."""
+"""The cosine similarity that all losses but Barlow Twins' are made of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     """cos of each a with each b; gradient to both.
 
     Args:
-        a: float `[A, d]`, any length.
+        a: float `[A, d]`, of any norm.
         b: float `[B, d]`, likewise.
 
     Returns:

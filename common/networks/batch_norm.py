@@ -112,7 +112,7 @@ def convert(module: nn.Module, *, synchronised: bool = True) -> nn.Module:
     The new layers share parameters and buffers with the old ones, and have their names.
 
     Args:
-        synchronised: as of `BatchNorm`.
+        synchronised: as in `BatchNorm`.
 
     Returns:
         The module; if it is itself a BatchNorm, the layer that replaces it.

@@ -65,7 +65,7 @@ class CifarResNet(ResNet):
 
 
 def imagenet_resnet(architecture: Depth = "resnet50") -> ResNet:
-    """torchvision's ResNet with its own initialisation: images to features `[B, feature_dim]`.
+    """torchvision's ResNet, initialised by it: float `[B, 3, H, W]` to `[B, feature_dim]`.
 
     The state dict is that of torchvision's ResNet without the classifier `fc`.
     """

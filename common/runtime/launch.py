@@ -102,7 +102,7 @@ def use_every_gpu(device: str) -> None:
 
 
 def finish() -> None:
-    """Leave the group. DDP, which holds on to it, must have gone."""
+    """Leave the group. DDP, which refers to it, must have been deleted."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     # gloo's threads end with its last owner, who waits for them. One of them may still need

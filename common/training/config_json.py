@@ -91,7 +91,7 @@ def require_same_settings(
     changed = differences(then, now)
     unlike = [name for name in newer if name in now and now[name] != then[name]]
     if unlike:
-        changed += f"; the run is older than {', '.join(unlike)}: only the defaults continue it"
+        changed += f"; the run began before {', '.join(unlike)} existed: leave that at its default"
     remedy = "Repeat its settings to continue it"
     if then.keys() - now:
         remedy = "Continue it with the version that began it (config.json has the commit)"

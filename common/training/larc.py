@@ -20,9 +20,9 @@ class LARC(torch.optim.Optimizer):
         g ← (g + wd·p) · trust·‖p‖ / (‖g‖ + wd·‖p‖ + 1e-8)
         m ← momentum·m + g,    p ← p − lr·m
 
-    each ‖·‖ over one whole tensor. Where ‖p‖ or ‖g‖ is 0, g stays as it is, without weight decay
-    too, as in apex: a bias that starts from 0 takes a plain SGD step first, and a parameter that
-    gets a zero gradient is moved by its momentum alone.
+    each ‖·‖ over one whole tensor. Where ‖p‖ or ‖g‖ is 0, g stays as it is and gets no
+    weight decay, as in apex: a bias that starts from 0 takes a plain SGD step first, and a
+    parameter that gets a zero gradient is moved by its momentum alone.
 
     A group of parameters with `"adapts": False` is trained by plain SGD, g ← g + wd·p, such as
     Barlow Twins' biases and BatchNorm parameters.

@@ -36,7 +36,7 @@ Width = Annotated[int, Range(8, 4096, multiple_of=8)]  # channels of a convoluti
 Dimension = Annotated[int, Range(1, 2**17)]  # of a head's layer
 Pixels = Annotated[int, Range(8, 4096)]  # of an image's side
 BatchSize = Annotated[int, Range(1, 2**20)]  # images
-Workers = Annotated[int, Range(-1, 1024)]  # processes; -1: as many as there are cores
+Workers = Annotated[int, Range(-1, 1024)]  # of each rank; -1: its share of the usable cores
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Fraction = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(0, 1000)]  # a learning rate

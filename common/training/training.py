@@ -68,7 +68,7 @@ class Training:
         require(
             hasattr(getattr(parts["model"], "backbone", None), "feature_dim"),
             "the network needs `backbone`, which maps images to features `[B, d]`, with "
-            "`backbone.feature_dim` = d: kNN, linear evaluation and backbone.pt are of it",
+            "`backbone.feature_dim` = d: kNN, linear evaluation and backbone.pt use it",
         )
         self.config = config
         self.ranks = ranks
@@ -119,7 +119,11 @@ class Training:
             self.log.save_file("backbone.pt", network.backbone.state_dict(), must=True)
 
     def epochs(self) -> Iterator[int]:
-        """The epochs still to do, counted from 1; each one's row is logged as it ends."""
+        """The epochs still to do, counted from 1; each one's row is logged as it ends.
+
+        Raises:
+            UserError: if the last checkpoint cannot be written, or a weight is not finite.
+        """
         if self.progress.epoch == 0:
             self.progress.epoch = 1
             self.save()

@@ -226,8 +226,8 @@ def test_a_run_that_an_older_version_began(
     with pytest.raises(UserError) as unlike:
         train(folder, run_dir, **quick, reverse_weight=0.3)
     assert (
-        "other settings: reverse_weight was 0.1, now 0.3; the run is older than reverse_weight: "
-        "only the defaults continue it. Repeat"
+        "other settings: reverse_weight was 0.1, now 0.3; the run began before reverse_weight "
+        "existed: leave that at its default. Repeat"
     ) in str(unlike.value)
     capsys.readouterr()
     train(folder, run_dir, **quick)
