@@ -42,15 +42,14 @@ def knn_predict(
         int64 `[Q]`, the same on every rank.
     """
     queries = F.normalize(queries.float(), dim=1)
-    bank = bank.float()
-    norms = torch.linalg.vector_norm(bank, dim=1).clamp_min(1e-12)  # as F.normalize
-    # In one copy, columns first: the bank may be of many gigabytes.
-    bank = torch.div(bank.T, norms, out=bank.new_empty(bank.shape[::-1]))
-    here = min(neighbours, bank.shape[1])
+    # Normalised and transposed in one copy: the bank may be of many gigabytes.
+    columns = bank.new_empty(bank.shape[::-1], dtype=torch.float32)
+    F.normalize(bank.float(), dim=1, out=columns.T)
+    here = min(neighbours, len(bank))
     # Filled in place: small tensors kept from each chunk would cut up the memory that it frees.
     predictions = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     for chunk, predicted in zip(queries.split(QUERIES), predictions.split(QUERIES), strict=True):
-        cosine, index = (chunk @ bank).topk(here, dim=1)
+        cosine, index = (chunk @ columns).topk(here, dim=1)
         labels = bank_labels[index]
         if ranks is not None and ranks.world_size > 1:
             # A rank that has fewer than k adds neighbours at −∞, whose votes weigh nothing.

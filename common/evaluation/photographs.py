@@ -74,19 +74,18 @@ class PhotographEvaluation:
     def _find_val(self) -> PhotographSet | None:
         """The photographs to classify; None, and a line that says why, where labels are missing."""
         config, train, ranks = self.config, self.train, self.training.ranks
-        val, stray, split = None, train.stray, "train"
+        stray = f"{shown(train.stray)} of train/"
         if train.class_names:
             source = (config.dataset, config.data_root, config.image_size, config.seed)
             val = find_photographs(*source, 1, "val", ranks, config.classes)
-            stray, split = val.stray, "val"
-        if stray:
-            if ranks.is_main:
-                print(f"No kNN: {shown(stray)} of {split}/ is in no class folder.")
-            return None
-        if val is not None:
-            numbers = renumber(val.labels, val.class_names, train.class_names, "val/")
-            self.val_labels = torch.tensor(numbers, device=ranks.device)
-        return val
+            if not val.stray:
+                numbers = renumber(val.labels, val.class_names, train.class_names, "val/")
+                self.val_labels = torch.tensor(numbers, device=ranks.device)
+                return val
+            stray = f"{shown(val.stray)} of val/"
+        if ranks.is_main:
+            print(f"No kNN: {stray} is in no class folder.")
+        return None
 
     def _has_val(self) -> bool:
         """Whether there are photographs to classify, the same answer on every rank."""

@@ -143,13 +143,13 @@ def main(config: Config) -> None:
         bank_labels = train_labels[used.to(device)]
 
     # ---------------------------------------------------------------- kNN
-    knn: dict[str, float] = {}
-    if config.knn:  # before the classifier, so that the bank's memory is free while it trains
-        bank = (train_features, bank_labels, len(train.class_names))
-        knn["knn"] = accuracy_of_features(test_features, test_labels, *bank, ranks)
-        del bank
+    result: dict[str, Any] = {"images": len(test_labels)}
+    if config.knn:
+        result["knn"] = accuracy_of_features(
+            test_features, test_labels, train_features, bank_labels, len(train.class_names), ranks
+        )
     if not config.cache_features:
-        train_features = bank_labels = None
+        train_features = None  # its memory is free while the classifier trains
 
     # ---------------------------------------------------------------- classifier
     if config.cache_features:
@@ -159,7 +159,6 @@ def main(config: Config) -> None:
         batches = cached_batches(*whole, config, ranks)
     else:
         batches = cropped_batches(train.photographs, train_labels, encode, config, ranks, stop)
-    result: dict[str, Any] = {"images": len(test_labels)}
     if config.epochs:
         classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)
         classifier = fit(classifier, batches, config, identity, checkpoints, ranks, stop)
@@ -168,7 +167,6 @@ def main(config: Config) -> None:
         lock.release()
 
     # ---------------------------------------------------------------- result
-    result |= knn
     for name, value in backbone.state_dict().items():
         if not torch.equal(value, before[name]):
             raise RuntimeError(f"the frozen backbone's {name} changed")

@@ -98,9 +98,10 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
-    (FOLDER / "report.md").write_text(tables())
+    text = tables()
+    (FOLDER / "report.md").write_text(text)
     plot(FOLDER / "report.png")
-    print(tables(), end="")
+    print(text, end="")
 
 
 if __name__ == "__main__":
