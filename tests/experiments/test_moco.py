@@ -65,7 +65,7 @@ def test_three_steps_against_a_plain_loop(
     config = script.Config(
         data_root=str(folder),
         image_size=32,
-        workers=1,
+        workers=0,
         regime=regime,
         backbone="resnet18",
         hidden_dim=16,

@@ -182,7 +182,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     assert "the same command continues" in output
     progress = state(run_dir)["progress"]
     assert progress["epoch"] >= 1
-    run(arguments)
+    train(folder, run_dir, checkpoint_minutes=60)
     assert_same_run_but_for_minutes(run_dir, whole_run)
 
 

@@ -85,7 +85,8 @@ def command(experiment: str, folder: Path, run_dir: Path, *extra: str) -> list[s
 
 
 def train(experiment: str, run_dir: Path, **settings: object) -> None:
-    run_here(experiment, {**SMALL, **EXPERIMENTS[experiment], **settings}, run_dir)
+    """In this process, and without workers, which change nothing and take seconds to start."""
+    run_here(experiment, {**SMALL, **EXPERIMENTS[experiment], "workers": 0, **settings}, run_dir)
 
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
@@ -136,8 +137,9 @@ def test_two_ranks_killed_and_continued_end_with_the_same_weights(
 ) -> None:
     """MoCo has every part that a run can have: a second network, and a queue of all ranks' keys."""
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    run(on_two_ranks(command("mocov2_imagenet", folder, whole)))
-    arguments = on_two_ranks(command("mocov2_imagenet", folder, run_dir))
+    alone = ("--workers", "0")
+    run(on_two_ranks(command("mocov2_imagenet", folder, whole, *alone)))
+    arguments = on_two_ranks(command("mocov2_imagenet", folder, run_dir, *alone))
     kill(start_until(arguments, run_dir / "previous.pt"))
     assert_killed_within(run_dir)
     run(arguments)
@@ -186,11 +188,11 @@ def test_a_photograph_that_breaks_stops_with_a_checkpoint_and_both_remedies_work
     told = rf"process \d: broken files that were replaced by the next ones: 1 \({broken} cannot"
     is_met_again = index in epoch_order(17, 0, 2)[:16]
     assert len(re.findall(told, done.stdout)) == int(is_met_again)
-    run(arguments(whole, "--skip-broken"))
+    run(arguments(whole, "--skip-broken", "--workers", "0"))
     assert_same_end(run_dir, whole)
 
     broken.write_bytes(content)
-    run(arguments(stopped))
+    run(arguments(stopped, "--workers", "0"))
     assert [row["epoch"] for row in metrics(stopped)] == [1, 2]
 
 
@@ -214,7 +216,7 @@ def test_a_run_on_a_folder_continues_on_its_archive_and_another_list_of_the_same
 
     def train_on(run_dir: str, data_root: Path, classes: Path, **extra: object) -> Path:
         paths = {"data_root": str(data_root), "classes": str(classes)}
-        settings = {"batch-size": 5, "workers": 0, "knn_every": 1, **paths, **extra}
+        settings = {"batch-size": 5, "knn_every": 1, **paths, **extra}
         train("simsiam_imagenet", tmp_path / run_dir, **settings)
         return tmp_path / run_dir
 
