@@ -32,6 +32,7 @@ from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
 from common.runtime.script import run_script
+from common.training.settings import Positive, check_settings
 from common.training.signals import StopFlag
 
 RESULTS = Path(__file__).resolve().parent
@@ -43,8 +44,8 @@ class Config:
     campaign: tyro.conf.Positional[Literal["miniature", "long"]]
     dataset: Literal["cifar10", "folder"] = "cifar10"  # a folder holds train/<class>, val/<class>
     data_root: str = str(REPOSITORY / "data")  # of CIFAR-10 (downloaded if absent), or the folder
-    jobs: int = 2  # runs at a time
-    threads: int = 1  # of each run; several finish one run sooner, and all of them later
+    jobs: Positive = 2  # runs at a time
+    threads: Positive = 1  # of each run; several finish one run sooner, and all of them later
     device: str = "cpu"  # of every run
 
 
@@ -194,6 +195,16 @@ class Campaign:
         shutil.copy(self.folder / run.name / "metrics.jsonl", partial)
         partial.replace(metrics)
 
+    def problem(self, process: subprocess.Popen, run: Run) -> str:
+        """Why a run that has ended is not finished; empty: it is, and its logs are kept."""
+        if process.returncode or not is_finished(self.folder / run.name):
+            return f"see {self.folder / run.name}.log"
+        try:
+            self.keep(run)
+        except OSError as error:  # as where the disk is full
+            return f"its logs cannot be copied ({error})"
+        return ""
+
     def main(self, config: Config) -> None:
         """Start or continue every run that is not finished, `config.jobs` at a time.
 
@@ -201,6 +212,7 @@ class Campaign:
             StopRequested: after a signal, once every run has written its checkpoint.
             UserError: if runs failed, after all others have finished.
         """
+        check_settings(config)
         self.folder.mkdir(parents=True, exist_ok=True)
         alone = Ranks(0, 1, torch.device("cpu"))
         if config.dataset == "cifar10":
@@ -217,31 +229,33 @@ class Campaign:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         working: dict[subprocess.Popen, Run] = {}
         failed = []
-        while waiting or working:
-            while waiting and len(working) < config.jobs and not stop.requested:
-                run = waiting.pop(0)
-                with (self.folder / f"{run.name}.log").open("a") as output:
-                    process = subprocess.Popen(
-                        self.command(run, config), stdout=output, stderr=output, env=environment
-                    )
-                working[process] = run
-                print(f"{time.strftime('%H:%M')} started  {run.name}", flush=True)
-            if stop.requested:
-                for process in working:
-                    process.terminate()  # it stops after the current step, with a checkpoint
-                for process in working:
-                    process.wait()
-                raise StopRequested(stop.exit_status)
-            time.sleep(1)
-            for process in [process for process in working if process.poll() is not None]:
-                run = working.pop(process)
-                if process.returncode == 0 and is_finished(self.folder / run.name):
-                    self.keep(run)
-                    print(f"{time.strftime('%H:%M')} finished {run.name}", flush=True)
-                else:
-                    failed.append(run.name)
-                    log = self.folder / f"{run.name}.log"
-                    print(f"{time.strftime('%H:%M')} FAILED   {run.name}: see {log}", flush=True)
+        try:
+            while waiting or working:
+                while waiting and len(working) < config.jobs and not stop.requested:
+                    run = waiting.pop(0)
+                    with (self.folder / f"{run.name}.log").open("a") as output:
+                        process = subprocess.Popen(
+                            self.command(run, config), stdout=output, stderr=output, env=environment
+                        )
+                    working[process] = run
+                    print(f"{time.strftime('%H:%M')} started  {run.name}", flush=True)
+                if stop.requested:
+                    for process in working:
+                        process.terminate()  # it stops after the current step, with a checkpoint
+                    for process in working:
+                        process.wait()
+                    raise StopRequested(stop.exit_status)
+                time.sleep(1)
+                for process in [process for process in working if process.poll() is not None]:
+                    run = working.pop(process)
+                    problem = self.problem(process, run)
+                    if problem:
+                        failed.append(run.name)
+                    end = f"FAILED   {run.name}: {problem}" if problem else f"finished {run.name}"
+                    print(f"{time.strftime('%H:%M')} {end}", flush=True)
+        finally:  # after an error too: no run goes on unattended
+            for process in working:
+                process.terminate()
         if failed:
             names = ", ".join(failed)
             raise UserError(f"{len(failed)} runs failed ({names}); type the same command again")
