@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ from common.data.listing import first_of
 from common.data.loader import Loading
 from common.data.photographs import CentreCrops, PhotographSet, Squares, find_photographs
 from common.evaluation.feature_batches import feature_batches, joined_features
-from common.evaluation.pretrained import load_backbone
+from common.evaluation.pretrained import load_backbone, require_same_weights
 from common.networks.resnet import CifarResNet
 from common.runtime import launch
 from common.runtime.errors import UserError, require
@@ -46,6 +46,7 @@ from common.runtime.precision import Precision, autocast
 from common.runtime.ranks import Ranks
 from common.runtime.repository import REPOSITORY
 from common.runtime.script import run_script
+from common.training.metrics import first_free
 from common.training.settings import Pixels, Seed, Workers, check_settings
 from common.training.signals import StopFlag
 
@@ -79,6 +80,7 @@ def main(config: Config) -> None:
     backbone = load_backbone(
         Path(config.pretrained), stem_stride=config.stem_stride or None, tell=ranks.is_main
     )
+    require_same_weights(backbone, Path(config.pretrained), ranks)
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last).eval()
     is_small = isinstance(backbone, CifarResNet)
     require(is_small or not config.stem_stride, "--stem-stride is only for backbones of 32 px")
@@ -127,8 +129,8 @@ def require_free(output: Path) -> None:
         UserError: naming the file.
     """
     require(output.suffix == ".npz", f"--output {output}: the name has to end with .npz")
-    require(not output.exists(), f"{output} exists already; choose another --output")
     try:
+        require(not output.exists(), f"{output} exists already; choose another --output")
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):
             pass
@@ -149,8 +151,11 @@ def require_room(folder: Path, size: int) -> None:
 def write(output: Path, features: Tensor, done: Sequence[int], found: PhotographSet) -> None:
     """Write features float32 `[n, d]` of the photographs `done`, n of those that were found.
 
+    If the name is taken by now, `output.1` is written; if nothing can be written there, a file in
+    the system's folder for temporary files.
+
     Raises:
-        UserError: if the file exists or cannot be written.
+        UserError: if neither can be written.
     """
     content = {"features": features.numpy(), "paths": np.array([found.names[i] for i in done])}
     if found.class_names:
@@ -159,13 +164,27 @@ def write(output: Path, features: Tensor, done: Sequence[int], found: Photograph
     broken = sorted(set(range(len(found.names))).difference(done))
     if broken:
         say(f"Left out {len(broken)} broken files: {first_of([found.names[i] for i in broken])}")
-    require_free(output)
+    # After hours of work another file may have taken the name, or the room. A quota shows only now.
+    place = first_free(output) if output.exists() else output
     try:
-        with whole_file(output) as file:
-            np.savez(file, **content)
+        save(place, content)
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({error}); choose another --output") from error
-    say(f"Written: {len(done)} features of {features.shape[1]} numbers, {output}")
+        problem = f"{place} cannot be written ({error})"
+        place = first_free(Path(tempfile.gettempdir()) / output.name)
+        try:
+            save(place, content)
+        except OSError as further:
+            raise UserError(
+                f"{problem}, nor can {place} ({further}); choose another --output"
+            ) from further
+        say(f"warning: {problem}; the features are in {place}")
+    say(f"Written: {len(done)} features of {features.shape[1]} numbers, {place}")
+
+
+def save(place: Path, content: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to an .npz file of any name."""
+    with whole_file(place) as file:
+        np.savez(file, **content)
 
 
 if __name__ == "__main__":

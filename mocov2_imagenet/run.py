@@ -124,6 +124,8 @@ def main(config: Config) -> None:
         f"--norm-batch must be at least 2, less than --batch-size, and divide the {share} images "
         f"of a process; it is {norm_batch}",
     )
+    if norm_batch < config.norm_batch and run.ranks.is_main:
+        print(f"BatchNorm takes the {norm_batch} images of a process, not {config.norm_batch}.")
 
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 import features
 from common.augment.cifar10 import centre_view, normalised
 from common.data.in_memory import ImageSet, Split
+from common.data.photographs import PhotographSet
 from common.data.shapes import CLASS_NAMES, shapes
 from common.evaluation import feature_batches
 from common.networks.resnet import CifarResNet
@@ -195,12 +197,34 @@ def test_nothing_is_overwritten_or_half_written(
             features.main(settings(folder, weights, tmp_path / "new.npz", skip_broken=True))
         return str(raised.value)
 
-    assert "new.npz cannot be written" in in_child(on_a_full_disk)
+    monkeypatch.setattr(features.tempfile, "tempdir", str(tmp_path))
+    assert re.search(r"new\.npz cannot be written .*, nor can .*new\.npz", in_child(on_a_full_disk))
     room = features.shutil.disk_usage(tmp_path)._replace(free=22 * 512 * 4)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: room)
     with pytest.raises(UserError, match=r"the features take 0\.0 GB and .* has 0\.0 GB free"):
         features.main(settings(folder, weights, tmp_path / "new.npz", skip_broken=True))
     assert files(tmp_path) == ["taken.npz"]
+
+
+def test_a_name_or_a_folder_that_is_lost_meanwhile_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The features took hours, and are there."""
+    found = PhotographSet([], [], (), "", names=["a.png", "b.png"])
+    numbers = torch.arange(6.0).view(2, 3)
+    output, elsewhere = tmp_path / "new.npz", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(features.tempfile, "tempdir", str(elsewhere))
+    output.write_bytes(b"mine")
+    features.write(output, numbers, [0, 1], found)
+    assert output.read_bytes() == b"mine"
+    features.write(tmp_path / "gone" / "new.npz", numbers, [0, 1], found)
+    said = capsys.readouterr().out
+    for place in (tmp_path / "new.npz.1", elsewhere / "new.npz.1"):
+        assert f", {place}\n" in said
+        with np.load(place) as file:
+            assert file["features"].tolist() == numbers.tolist()
+            assert file["paths"].tolist() == ["a.png", "b.png"]
 
 
 def test_a_signal_ends_it_without_a_file(

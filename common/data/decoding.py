@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from common.data.archive import Entry
 
 BITS_PER_SAMPLE = 258  # a tag of the TIFF format
+LONGEST = 64  # of a longer side, in shorter sides; what is beyond is not looked at
 
 
 def shown(path: os.PathLike[str] | str) -> str:
@@ -82,6 +83,17 @@ def _to_rgb(source: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def without_ends(pixels: Tensor) -> Tensor:
+    """An image `[3, H, W]` whose longer side is at most `LONGEST` times the other: its centre.
+
+    Evaluation uses only the centre; resized whole, 1 × 10,000 pixels would take gigabytes.
+    """
+    height, width = pixels.shape[1:]
+    most = LONGEST * min(height, width)
+    top, left = max(0, height - most) // 2, max(0, width - most) // 2
+    return pixels[:, top : top + most, left : left + most]
+
+
 def decode_square(file: Path | Entry, size: int) -> Tensor:
     """Decode an image file to RGB, uint8 `[3, size, size]`, as `square` makes it.
 
@@ -98,6 +110,7 @@ def square(pixels: Tensor, size: int) -> Tensor:
     """
     if pixels.shape[1:] == (size, size):
         return pixels
+    pixels = without_ends(pixels)
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     shorter = min(image.size)
     width, height = (int(size * length / shorter) for length in image.size)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from functools import cache
+from http.client import HTTPException
 
 from torchvision.datasets import CIFAR10, STL10
 
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
+
+SILENCE = 60  # seconds without a byte, after which a download has failed
 
 
 @cache  # the checksums of STL-10's 3 GB take seconds, and two splits are asked for
@@ -23,10 +27,14 @@ def download(source: type[CIFAR10] | type[STL10], name: str, data_root: str, ran
     """
     failure = None
     if ranks.is_main:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(SILENCE)
         try:
             source(data_root, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             failure = error
+        finally:
+            socket.setdefaulttimeout(before)
     if ranks.any(failure is not None):
         reason = failure or "on the first rank"
         raise UserError(

@@ -117,9 +117,16 @@ def load_cifar(dataset: Dataset, data_root: str, image_size: int, ranks: Ranks) 
     if image_size != 32:
         raise UserError(f"{name} has 32-px images, not {image_size}; use another --dataset")
     download(reader, name, data_root, ranks)
-    sets = []
-    for is_train in (True, False):
-        source = reader(data_root, train=is_train)
+    sets, sources, failure = [], [], None
+    try:
+        sources = [reader(data_root, train=is_train) for is_train in (True, False)]
+    except (OSError, RuntimeError) as error:  # on another machine than the first
+        failure = error
+    if ranks.any(failure is not None):
+        raise UserError(
+            f"not every process finds {name} in {data_root}; give every machine the same files"
+        ) from failure
+    for source in sources:
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         found = fingerprint(f"{label} {index}" for index, label in enumerate(source.targets))
         labels = torch.tensor(source.targets)
@@ -199,11 +206,20 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
                 ) from error
             broken[index] = listing.names[index]
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        done = pool.map(read, range(len(files)))
+    def read_all(some: range) -> int:
+        for index in some:
+            read(index)
+        return len(some)
+
+    threads = max(1, usable_cores() // ranks.per_machine)
+    # One task for many files: a million tasks would take gigabytes.
+    size = min(256, len(files) // (16 * threads) + 1)
+    parts = [range(len(files))[start : start + size] for start in range(0, len(files), size)]
+    bar = tqdm(desc="decoding", total=len(files), unit="image", disable=not ranks.is_main)
+    with bar, ThreadPoolExecutor(threads) as pool:
         try:
-            for _ in tqdm(done, "decoding", len(files), unit="image", disable=not ranks.is_main):
-                pass
+            for count in pool.map(read_all, parts):
+                bar.update(count)
         except BaseException:  # an error, or Ctrl-C: do not decode the others
             pool.shutdown(cancel_futures=True)
             raise
@@ -216,7 +232,10 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
         names = first_of([broken[index] for index in sorted(broken)])
         print(f"Left out {len(broken)} broken files of {shown(listing.folder)}: {names}")
     found = fingerprint(listing.names[index] for index in kept)
-    if broken:
-        images = images[kept]
+    if broken:  # in place: a copy would take as much memory again
+        for place, index in enumerate(kept):
+            if place != index:
+                images[place] = images[index]
+        images = images[: len(kept)]
     labels = torch.tensor(listing.labels)[kept] if listing.class_names else None
     return ImageSet(images, labels, listing.class_names, found)

@@ -12,9 +12,10 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from common.data.listing import first_of
-from common.data.photographs import Crops, RandomCrops, stack, unpack
+from common.data.photographs import Crops, Loaded, RandomCrops, stack
 from common.data.workers import WorkerLoader, require_shared_memory, start_worker
 from common.runtime.cores import usable_cores
+from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order
 
@@ -88,8 +89,9 @@ class CropLoader:
         at_once: how many photographs of a rank are loaded together; None: its whole batch.
 
     Attributes:
-        must_stop: whether a file could not be decoded, without `skip_broken`. The next one took its
-            place, so that all ranks can finish the step; then the run stops.
+        must_stop: whether a file could not be decoded, without `skip_broken`, or
+            `GIVE_UP_AFTER` in a row. Other images took their place, so that all ranks can finish
+            the step; then the run stops.
 
     Raises:
         UserError: if the shared memory has no room for the batches.
@@ -121,28 +123,45 @@ class CropLoader:
         end of the epoch, or where the run stops in it.
 
         Raises:
-            UserError: if no file can be decoded.
+            UserError: if no file can be decoded, from the first batch on.
         """
         self.batches.epoch, self.batches.steps = epoch, range(first_step, steps)
         skipped: list[str] = []
+        before: Loaded | None = None
         try:
             for step, batch in zip(self.batches.step_of_each(), self.loader, strict=True):
-                loaded = unpack(batch)
-                skipped += loaded.broken
-                if loaded.broken and not self.skip_broken and not self.must_stop:
+                skipped += batch.broken
+                problem = _problem(batch, self.skip_broken)
+                if batch.error:
+                    # The disk may be gone: the batch before lets all ranks finish the step.
+                    if before is None or len(before.indices) != len(batch.indices):
+                        raise UserError(problem)
+                    batch = before
+                if problem and not self.must_stop:
                     self.must_stop = True
-                    tqdm.write(
-                        f"error: {loaded.broken[0]}; the run stops after this step, in which the "
-                        "next file takes its place. Restore the file, or continue with "
-                        "--skip-broken",
-                        file=sys.stderr,
-                    )
-                crops = loaded.crops.to(self.ranks.device, non_blocking=True)
+                    tqdm.write(f"error: {problem}", file=sys.stderr)
+                before = batch
+                crops = batch.crops.to(self.ranks.device, non_blocking=True)
                 # Workers leave channels last, as decoded; the views want them first.
-                yield step, crops.contiguous(), loaded.indices
+                yield step, crops.contiguous(), batch.indices
         finally:  # also where the run stops within the epoch
             if self.skip_broken:
                 tell_skipped(skipped, self.ranks)
+
+
+def _problem(loaded: Loaded, skip_broken: bool) -> str:
+    """Why a run stops after a step; empty: it does not."""
+    if loaded.error:
+        return (
+            f"{loaded.error}; the run stops here. If the disk was gone, the same command continues "
+            "when it is back"
+        )
+    if loaded.broken and not skip_broken:
+        return (
+            f"{loaded.broken[0]}; the run stops here, and in this step the next file takes its "
+            "place. Restore the file, or continue with --skip-broken"
+        )
+    return ""
 
 
 def tell_skipped(messages: Sequence[str], ranks: Ranks) -> None:
@@ -157,7 +176,7 @@ def tell_skipped(messages: Sequence[str], ranks: Ranks) -> None:
 
 
 def load(crops: Crops, loading: Loading, ranks: Ranks, most: int, **batching: Any) -> WorkerLoader:
-    """A loader of items; its batches are to be unpacked by `unpack`.
+    """A loader of items; what it yields are `Loaded`, with an error where there are no crops.
 
     Args:
         most: photographs in the largest batch of a rank.

@@ -18,12 +18,12 @@ from torch.utils.data import get_worker_info
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
 from common.data.archive import Entry
-from common.data.decoding import BrokenFile, decode, square
+from common.data.decoding import BrokenFile, decode, square, without_ends
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import find_split, require_batch
 from common.data.shapes import CLASS_NAMES, SPLITS, shapes_split
 from common.data.stl10 import find_stl10
-from common.runtime.errors import UserError, require
+from common.runtime.errors import require
 from common.runtime.ranks import Ranks
 from common.runtime.seeding import generator_for
 
@@ -220,7 +220,8 @@ class RandomCrops(Crops):
             UserError: if one of them cannot be decoded, nor any after it.
         """
         count = min(count, len(self))
-        loaded = unpack(stack([self[0, index] for index in range(count)]))
+        loaded = stack([self[0, index] for index in range(count)])
+        require(not loaded.error, loaded.error)
         photographs = [self.read(index)[0] for index in range(count)]
         shown = [crop(image, (0, 0, *image.shape[1:]), self.size) for image in photographs]
         return torch.stack(shown), loaded.crops.contiguous()
@@ -244,6 +245,7 @@ class CentreCrops(Crops):
 
     def view(self, photograph: Tensor) -> Tensor:
         """The view `[3, size, size]` of a photograph, both uint8."""
+        photograph = without_ends(photograph)
         shorter, resized = min(photograph.shape[1:]), round(self.size * 8 / 7)
         height, width = (int(resized * length / shorter) for length in photograph.shape[1:])
         view = resize(photograph, height, width)
@@ -276,14 +278,3 @@ def stack(items: list[Item]) -> Loaded:
             return Loaded(torch.empty(0), indices, broken, problem)
     together = torch.stack(crops, out=memory).permute(0, 3, 1, 2)
     return Loaded(together.unflatten(0, (-1, len(items))), indices, broken, "")
-
-
-def unpack(loaded: Loaded) -> Loaded:
-    """A batch that came from a loader.
-
-    Raises:
-        UserError: if it could not be loaded.
-    """
-    if loaded.error:
-        raise UserError(loaded.error)
-    return loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -11,17 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.runtime.errors import StopRequested, require
+from common.runtime.errors import StopRequested, UserError, require
 from common.runtime.ranks import Ranks, unwrap
 from common.runtime.seeding import epoch_order, generator_for
-from common.training.checkpoint import Checkpoints, differences, restore
-from common.training.config_json import with_newer
+from common.training.checkpoint import Checkpoints, restore
+from common.training.config_json import differences, with_newer
 from common.training.meter import Meter
 from common.training.signals import StopFlag
 
 # (epoch, first step) to (step, this rank's features `[B, d]`, labels int64 `[B]`) for the rest of
 # the epoch's steps.
 Batches = Callable[[int, int], Iterator[tuple[int, Tensor, Tensor]]]
+
+CHECKPOINT_SECONDS = 600  # between checkpoints within an epoch, as a run's --checkpoint-minutes
 
 
 def new_classifier(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
@@ -124,7 +127,8 @@ def train_classifier(
 ) -> None:
     """Train by cross-entropy, from its own last checkpoint where there is one.
 
-    Checkpoints are written after each epoch and when a signal comes. Of several classifiers one
+    Checkpoints are written after each epoch, in a long one every ten minutes, and when a signal
+    comes. Of several classifiers one
     that diverges leaves the others as they are, and shows in `Classifiers.diverged`.
 
     Args:
@@ -137,8 +141,9 @@ def train_classifier(
 
     Raises:
         StopRequested: after a checkpoint, when a signal came.
-        UserError: if the loss is not finite, of several classifiers every loss; or if the
-            checkpoint is of this backbone, other settings and not finished.
+        UserError: if the loss is not finite, of several classifiers every loss; if the checkpoint
+            is of this backbone, other settings and not finished; or if a signal came and the
+            checkpoint cannot be written.
     """
     first_epoch = first_step = 0
     state = saved_classifier(checkpoints, identity, defaults, ranks)
@@ -146,20 +151,27 @@ def train_classifier(
         restore({"classifier": unwrap(model), "optimiser": optimiser}, state, checkpoints.last)
         first_epoch, first_step = state["epoch"], state["step"]
 
-    def save(epoch: int, step: int) -> None:
+    def save(epoch: int, step: int, *, must: bool = False) -> None:
         if not ranks.is_main:
             return
         state = {"classifier": unwrap(model).state_dict(), "optimiser": optimiser.state_dict()}
         try:
             checkpoints.save({**state, "epoch": epoch, "step": step, "identity": dict(identity)})
         except OSError as error:
-            tqdm.write(f"warning: {checkpoints.last} cannot be written ({error})")
+            problem = f"{checkpoints.last} cannot be written ({error}); the one before it is kept"
+            if must:
+                raise UserError(
+                    f"{problem}: make room, then the same command continues from there"
+                ) from error
+            tqdm.write(f"warning: {problem}")
 
     def stop_at(epoch: int, step: int) -> NoReturn:
         meter.flush()
-        save(epoch, step)
-        ranks.wait()
-        bar.close()
+        try:
+            save(epoch, step, must=True)
+        finally:
+            ranks.wait()
+            bar.close()
         raise StopRequested(stop.exit_status)
 
     bar = tqdm(
@@ -168,6 +180,7 @@ def train_classifier(
     for epoch in range(first_epoch, epochs):
         optimiser.param_groups[0]["lr"] = rate(epoch)
         meter = Meter(ranks, {}, first_step, remedy)
+        last_save = time.monotonic()
         for step, features, labels in batches(epoch, first_step):
             losses = classifier_losses(model(features), labels)
             optimiser.zero_grad(set_to_none=True)
@@ -176,9 +189,14 @@ def train_classifier(
             # The mean of those that are finite; without any it is 0 / 0, which the meter refuses.
             finite = losses.isfinite()
             meter.add({"linear loss": losses.detach().where(finite, 0).sum() / finite.sum()})
-            meter.end_step({"stop": stop.requested})
+            due = time.monotonic() - last_save > CHECKPOINT_SECONDS
+            last_save = time.monotonic() if due else last_save
+            meter.end_step({"stop": stop.requested, "checkpoint": due and ranks.is_main})
             if meter.take_request("stop"):
                 stop_at(epoch, step + 1)
+            if meter.take_request("checkpoint"):
+                meter.flush()
+                save(epoch, step + 1)
         meter.flush()
         if meter.take_request("stop"):  # on CUDA, where the last step is read only now
             stop_at(epoch + 1, 0)
@@ -193,8 +211,14 @@ def saved_classifier(
     identity: Mapping[str, Any],
     defaults: Mapping[str, Any],
     ranks: Ranks,
+    *,
+    of_any_backbone: bool = False,
 ) -> dict[str, Any] | None:
     """The checkpoint that `train_classifier` would continue; None: it would start anew.
+
+    Args:
+        of_any_backbone: keep an unfinished classifier of another backbone too, where the folder
+            is not of one run, whose backbone only becomes older.
 
     Raises:
         UserError: if the ranks find different ones, or it is of this backbone, other settings and
@@ -211,10 +235,17 @@ def saved_classifier(
     saved = with_newer(state["identity"], identity, defaults)
     if saved == identity:
         return state
+    if state["epoch"] == saved.get("epochs"):
+        return None
+    if saved.get("backbone") == identity["backbone"]:
+        raise UserError(
+            f"{checkpoints.last} holds an unfinished classifier with other settings: "
+            f"{differences(saved, identity)}. Repeat its settings to continue it, or "
+            f"{checkpoints.remedy}"
+        )
     require(
-        saved.get("backbone") != identity["backbone"] or state["epoch"] == saved.get("epochs"),
-        f"{checkpoints.last} holds an unfinished classifier with other settings: "
-        f"{differences(saved, identity)}. Repeat its settings to continue it, or "
-        f"{checkpoints.remedy}",
+        not of_any_backbone,
+        f"{checkpoints.last} holds an unfinished classifier of other weights; choose another "
+        f"--run-dir, or {checkpoints.remedy}",
     )
     return None

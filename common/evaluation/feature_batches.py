@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.augment.base import Draws
 from common.augment.crop import RandomFlip
 from common.data.loader import CropLoader, Loading, load, tell_skipped
-from common.data.photographs import CentreCrops, Photograph, RandomCrops, unpack
+from common.data.photographs import CentreCrops, Loaded, Photograph, RandomCrops
 from common.data.workers import WorkerLoader
 from common.evaluation.accuracy import EVALUATION_BATCH
 from common.evaluation.classifier import Batches, batches_of_epoch
@@ -134,23 +134,32 @@ def feature_batches(
     bar = tqdm(loader, "features", disable=not ranks.is_main, leave=False)
     batches = iter(bar)
     for _ in range(-(-len(views) // (EVALUATION_BATCH * ranks.world_size))):
-        batch = next(batches, None)
-        if batch is None:
+        loaded = next(batches, None)
+        problem = "" if loaded is None else _problem(loaded, loading)
+        if ranks.any(stop.requested or problem != ""):
+            if ranks.any(problem != ""):  # on every rank: none waits for one that has ended
+                raise UserError(problem or "another process met a file that cannot be decoded")
+            again = "Stopped while features were extracted: the same command extracts them again."
+            raise StopRequested(stop.exit_status, again)
+        if loaded is None:
             empty = torch.empty(0, feature_dim, device=ranks.device)
             yield FeatureBatch(empty, torch.empty(0, dtype=torch.int64), [])
         else:
-            loaded = unpack(batch)
-            if loaded.broken and not loading.skip_broken:
-                raise UserError(
-                    f"{loaded.broken[0]}; restore the file or remove it, or if it is a training "
-                    "image, repeat the command with --skip-broken"
-                )
             features = encode(loaded.crops[0].to(ranks.device, non_blocking=True))
             yield FeatureBatch(features, loaded.indices, loaded.broken)
-        if ranks.any(stop.requested):
-            again = "Stopped while features were extracted: the same command extracts them again."
-            raise StopRequested(stop.exit_status, again)
     bar.close()
+
+
+def _problem(loaded: Loaded, loading: Loading) -> str:
+    """Why a batch is not used; empty: it is."""
+    if loaded.error:
+        return loaded.error
+    if loaded.broken and not loading.skip_broken:
+        return (
+            f"{loaded.broken[0]}; restore the file or remove it, or if it is a training image, "
+            "repeat the command with --skip-broken"
+        )
+    return ""
 
 
 def require_room(

@@ -19,7 +19,7 @@ from common.data.photographs import Dataset, Photograph, PhotographSet, find_pho
 from common.evaluation.feature_batches import centre_features, require_room
 from common.evaluation.knn import accuracy_of_features
 from common.evaluation.neighbours import CELL, sample, show_neighbours
-from common.runtime.errors import require
+from common.runtime.errors import UserError, require
 from common.runtime.precision import autocast
 from common.runtime.ranks import Ranks
 from common.training.training import Training
@@ -123,7 +123,10 @@ class PhotographEvaluation:
         photographs = Subset(self.train.photographs, chosen)
         bank, used = self._features(photographs, self.encode, ranks, skip_broken=True)
         bank_labels = labels[chosen][used].to(ranks.device)
-        queries, _ = self._features(self.val.photographs, self.encode, ranks, skip_broken=False)
+        try:
+            queries, _ = self._features(self.val.photographs, self.encode, ranks, skip_broken=False)
+        except UserError as error:
+            raise UserError(f"{error}; without kNN, --knn-every 0, the run continues") from error
         classes = len(self.train.class_names)
         training.progress.knn = accuracy_of_features(
             queries, self.val_labels, bank, bank_labels, classes, ranks

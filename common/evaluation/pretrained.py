@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from common.evaluation.classifier import checksum
 from common.networks.resnet import CifarResNet, Depth
 from common.networks.weights import find_backbone
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, require
 from common.runtime.output import say
+from common.runtime.ranks import Ranks
 from common.training.checkpoint import first_line, read_checkpoint
 
 
@@ -56,6 +58,23 @@ def load_backbone(
         if found.unused:
             say(f"  Not used: {', '.join(found.unused)}")
     return network
+
+
+def require_same_weights(backbone: nn.Module, path: Path, ranks: Ranks) -> int:
+    """Refuse to measure where processes have read different files; all ranks wait for each other.
+
+    Returns:
+        The checksum of the weights.
+
+    Raises:
+        UserError: on every rank.
+    """
+    weights = checksum(backbone.state_dict())
+    require(
+        ranks.agree(weights),
+        f"not every process finds the same weights in {path}; give every machine the same file",
+    )
+    return weights
 
 
 def _settings(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -19,14 +19,13 @@ from common.evaluation.accuracy import count_right, sweep_table
 from common.evaluation.classifier import (
     Batches,
     Classifiers,
-    checksum,
     new_classifier,
     saved_classifier,
     train_classifier,
 )
 from common.evaluation.feature_batches import cached_batches, centre_features, cropped_batches
 from common.evaluation.knn import accuracy_of_features
-from common.evaluation.pretrained import load_backbone
+from common.evaluation.pretrained import load_backbone, require_same_weights
 from common.networks.resnet import Depth
 from common.runtime import launch
 from common.runtime.errors import UserError, require
@@ -95,6 +94,7 @@ def main(config: Config) -> None:
     backbone = load_backbone(Path(config.pretrained), config.backbone, tell=ranks.is_main)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    weights = require_same_weights(backbone, Path(config.pretrained), ranks)
 
     folder = Path(config.run_dir or Path(config.pretrained).parent)
     # Files of its own for each kind of classifier: the others do not overwrite the protocol's.
@@ -120,12 +120,13 @@ def main(config: Config) -> None:
     test_labels = torch.tensor(numbers, device=device)
     train_labels = torch.tensor(train.labels, device=device)
 
-    identity = identity_of(config, train.fingerprint, checksum(before))
+    identity = identity_of(config, train.fingerprint, weights)
     checkpoints = Checkpoints(
         folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train a new one"
     )
     if config.epochs:  # asked before hours of extracting features
-        saved_classifier(checkpoints, identity, defaults_of(config), ranks)
+        defaults = defaults_of(config)
+        saved_classifier(checkpoints, identity, defaults, ranks, of_any_backbone=True)
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:

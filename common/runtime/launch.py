@@ -20,6 +20,7 @@ from common.runtime.ranks import Ranks
 
 # Of every wait for other processes: it must outlast rank 0's download of a data set.
 TIME_LIMIT = timedelta(hours=2)
+JOINING = timedelta(minutes=10)  # until every process has been started
 DEVICES = "auto, cpu, cuda, cuda:1 or mps"
 
 
@@ -51,38 +52,38 @@ def start(device: str) -> Ranks:
     if not dist.is_initialized():
         is_cuda = chosen.type == "cuda"
         options = {"device_id": chosen} if is_cuda else {}
-        try:
-            dist.init_process_group(
-                "nccl" if is_cuda else "gloo", timeout=TIME_LIMIT, **options, **_store_of_attempt()
-            )
-        except ValueError as error:  # a variable is missing
-            raise UserError(
-                f"WORLD_SIZE is {world_size} in the environment, but the processes cannot be "
-                f"joined: {error}; start with torchrun, or unset WORLD_SIZE"
-            ) from None
+        backend = "nccl" if is_cuda else "gloo"
+        dist.init_process_group(backend, timeout=TIME_LIMIT, **options, **_join(world_size))
     return Ranks(dist.get_rank(), world_size, chosen)
 
 
-def _store_of_attempt() -> dict[str, Any]:
-    """Where to exchange addresses after `torchrun --max-restarts` has restarted the processes.
+def _join(world_size: int) -> dict[str, Any]:
+    """Meet the other processes, at the address that the environment names.
 
-    torchrun keeps its store for all attempts, and in it the addresses of processes that have ended;
-    a process that reads one before it is overwritten fails to connect. Here each attempt has keys
-    of its own. Machines may count attempts differently, so with several the store is as it is:
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun gives each attempt a new one.
+    `torchrun --max-restarts` keeps its store for all attempts, and in it the addresses of processes
+    that have ended; a process that reads one before it is overwritten fails to connect. So on one
+    machine each attempt has keys of its own. Several machines may count attempts differently:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun gives each attempt a new store.
 
     Returns:
-        Arguments of `init_process_group`; none in a first attempt.
+        Arguments of `init_process_group`.
+
+    Raises:
+        UserError: if a variable is missing, or the others do not come.
     """
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+    except (ValueError, dist.DistError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"WORLD_SIZE is {world_size} in the environment, but the processes cannot be joined: "
+            f"{reason}; start all of them with torchrun, or unset WORLD_SIZE"
+        ) from None
+    store.set_timeout(TIME_LIMIT)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
-        return {}
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
-    return {
-        "store": dist.PrefixStore(f"attempt {attempt}", store),
-        "rank": rank,
-        "world_size": world_size,
-    }
+    if attempt != "0" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def use_every_gpu(device: str) -> None:

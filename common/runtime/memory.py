@@ -1,4 +1,4 @@
-"""Memory of CPU tensors, reused from step to step."""
+"""Memory of CPU tensors: kept from step to step, and errors for lack of it."""
 
 from __future__ import annotations
 
@@ -26,3 +26,21 @@ def keep_freed_memory() -> None:
     library.mallopt(M_MMAP_MAX, 0)
     library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     library.mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, also one that a loader process has passed on as text, is a lack of memory.
+
+    It may be Python's, NumPy's, or of torch's allocators: of CUDA and MPS, of CPU tensors on Linux
+    and macOS, and on Windows.
+    """
+    signs = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "MemoryError",
+        "Unable to allocate",
+    )
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

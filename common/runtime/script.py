@@ -13,6 +13,7 @@ import tyro
 
 from common.runtime import launch
 from common.runtime.errors import StopRequested, UserError
+from common.runtime.memory import is_out_of_memory
 from common.runtime.output import close_bars, protect_output
 from common.runtime.repository import require_own_code
 
@@ -24,8 +25,8 @@ def run_script(
 ) -> None:
     """Read the command line into a `config_type` and call `main` with it.
 
-    A `UserError`, or an error for lack of memory, ends the process with one line on standard error
-    and status 1; a stop request with 128 plus the signal's number.
+    A `UserError`, or an error for lack of memory or of another process, ends the process with one
+    line on standard error and status 1; a stop request with 128 plus the signal's number.
 
     Args:
         config_type: a dataclass of plain values; texts that begin with ~ become paths.
@@ -51,22 +52,33 @@ def run_script(
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if "DataLoader worker" in reason and "killed by signal" in f"{error} {error.__cause__}":
-            again = "repeat the command" + " without --fresh" * getattr(config, "fresh", False)
-            sys.exit(
-                f"error: a loader process was killed ({reason}), probably for lack of memory; "
-                f"{again} with fewer --workers: a run continues from its last checkpoint"
-            )
-        # The allocators of CUDA and MPS, and of CPU tensors on Linux and macOS, and on Windows.
-        signs = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError) and not any(sign in reason for sign in signs):
+        message = _sentence(error, config)
+        if message is None:
             raise
-        where = ", in a new run (--fresh)" * hasattr(config, "fresh")
-        sys.exit(
-            f"error: too little memory ({reason or 'Python got none'}); use a smaller batch, "
-            f"smaller images or a smaller network{where}"
+        sys.exit(f"error: {message}")
+
+
+def _sentence(error: Exception, config: object) -> str | None:
+    """What to tell of an error that is no bug; None: it may be one."""
+    reason = str(error).strip().partition("\n")[0]
+    is_killed = "killed by signal" in f"{error} {error.__cause__}"
+    if "DataLoader worker" in reason and (is_killed or is_out_of_memory(error)):
+        what = "was killed" if is_killed else "had too little memory"
+        again = "repeat the command" + " without --fresh" * getattr(config, "fresh", False)
+        return (
+            f"a loader process {what} ({reason}){', probably for lack of memory' * is_killed}; "
+            f"{again} with fewer --workers: a run continues from its last checkpoint"
         )
+    if is_out_of_memory(error):
+        where = ", in a new run (--fresh)" * hasattr(config, "fresh")
+        return (
+            f"too little memory ({reason or 'Python got none'}); use a smaller batch, smaller "
+            f"images or a smaller network{where}"
+        )
+    # gloo's words; with NCCL torchrun ends the processes that wait.
+    if any(sign in reason for sign in ("closed by peer", "reset by peer")):
+        return f"another process of this run has ended; its own message says why ({reason})"
+    return None
 
 
 def _advice(message: str, config: object) -> str:

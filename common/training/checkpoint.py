@@ -18,10 +18,19 @@ import torch
 
 from common.runtime.errors import UserError
 from common.runtime.files import write_whole
+from common.runtime.memory import is_out_of_memory
 from common.runtime.output import say
 
 # The first bytes of files that torch before 1.6 wrote: a pickled number, the format's mark.
 OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+class _MissingError(UserError):
+    """There is no such file."""
+
+
+class _UnreadableError(UserError):
+    """A file that the system does not give away now; its content may be intact."""
 
 
 class Stateful(Protocol):
@@ -57,18 +66,23 @@ def read_checkpoint(path: Path, *, with_objects: bool = False) -> dict[str, Any]
             another program; what is read in their place has no use. Not in the format before 1.6.
 
     Raises:
-        UserError: if the file is missing, damaged or holds anything else; it is named.
+        UserError: if the file is missing, cannot be read, is damaged or holds anything else; it is
+            named.
     """
     return _require_names(_read(path, with_objects=with_objects), path)
 
 
 def _read(path: Path, *, with_objects: bool = False) -> object:
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path} is not a regular file, so it cannot be a checkpoint")
         with path.open("rb") as file:
             is_old_format = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _MissingError(f"{path}: no such checkpoint") from error
+    except OSError as error:
+        raise _UnreadableError(f"{path} cannot be read ({error.strerror})") from error
+    try:
         if not is_old_format:
             _verify_checksums(path)
         if with_objects and not is_old_format:
@@ -78,11 +92,9 @@ def _read(path: Path, *, with_objects: bool = False) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: no such checkpoint") from error
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle can raise anything
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} {_reason(error)}") from error
 
 
@@ -191,22 +203,6 @@ def restore(parts: Mapping[str, Stateful], saved: Mapping[str, Any], path: Path)
             raise UserError(f"{path}: its {name!r} does not fit ({first_line(error)})") from error
 
 
-def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What differs between a checkpoint's settings and the present ones, by name; empty: none."""
-    changed = [
-        f"{name} was {saved[name]!r}, now {wanted[name]!r}"
-        for name in sorted(saved.keys() & wanted.keys(), key=str)
-        if saved[name] != wanted[name]
-    ]
-    for names, verb in (
-        (saved.keys() - wanted.keys(), "has"),
-        (wanted.keys() - saved.keys(), "lacks"),
-    ):
-        if names:
-            changed.append(f"it {verb} the settings {', '.join(sorted(map(str, names)))}")
-    return "; ".join(changed)
-
-
 class Checkpoints:
     """The file `last`, and `previous`, the one before it, in case `last` is damaged.
 
@@ -264,15 +260,20 @@ class Checkpoints:
             entries: names and types of what a checkpoint must hold.
 
         Raises:
-            UserError: if there are checkpoints and none can be read, or the one that can is a file
-                of another kind.
+            UserError: if there are checkpoints and each is damaged, or the one that is not is a
+                file of another kind, or the system does not give one away.
         """
         problems = []
         for path in (self.last, self.previous):
-            if not path.exists():
-                continue
             try:
                 content = _read(path)
+            except _MissingError:
+                continue
+            except _UnreadableError as error:
+                raise UserError(
+                    f"{error}; it may be intact: repeat the command when it can be read, or move "
+                    "it to another folder to continue without it"
+                ) from error
             except UserError as error:
                 problems.append(str(error))
                 self._last_is_damaged = path == self.last

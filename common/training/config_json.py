@@ -20,7 +20,6 @@ from common.runtime.files import write_whole
 from common.runtime.precision import uses_bf16
 from common.runtime.ranks import Ranks
 from common.runtime.repository import git_commit
-from common.training.checkpoint import differences
 from common.training.lock import NAME as LOCK_NAME
 
 Settings = Mapping[str, Any]  # plain values by name
@@ -58,6 +57,22 @@ def with_newer(saved: Settings, wanted: Settings, defaults: Settings) -> dict[st
     """Settings that an older version saved, with the default of each one that it did not know."""
     newer = {name: defaults[name] for name in wanted.keys() & defaults if name not in saved}
     return {**newer, **saved}
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between a checkpoint's settings and the present ones, by name; empty: none."""
+    changed = [
+        f"{name} was {saved[name]!r}, now {wanted[name]!r}"
+        for name in sorted(saved.keys() & wanted.keys(), key=str)
+        if saved[name] != wanted[name]
+    ]
+    for names, verb in (
+        (saved.keys() - wanted.keys(), "has"),
+        (wanted.keys() - saved.keys(), "lacks"),
+    ):
+        if names:
+            changed.append(f"it {verb} the settings {', '.join(sorted(map(str, names)))}")
+    return "; ".join(changed)
 
 
 def of_the_experiment(config: Settings) -> dict[str, Any]:
@@ -161,11 +176,16 @@ def require_run_or_empty(folder: Path) -> None:
     """Refuse to move aside what is not a run's folder, such as the data set.
 
     Raises:
-        UserError: if the folder has anything but a run in it.
+        UserError: if the folder has anything but a run in it, or cannot be read.
     """
-    if not folder.is_dir() or is_empty(folder):
-        return
-    names = {path.name for path in folder.iterdir()}
+    try:
+        if not folder.is_dir() or is_empty(folder):
+            return
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}); choose another --run-dir"
+        ) from error
     is_run = read_config(folder / "config.json") is not None
     require(
         is_run or {"metrics.jsonl", "tensorboard"} <= names,
@@ -183,7 +203,8 @@ def write_config(
         continues: whether the run has a checkpoint.
 
     Returns:
-        Warnings: that the file was damaged, that a run continues in another precision.
+        Warnings: that the file was damaged, that a run continues in another precision, or on CPUs
+        with another number of processes.
 
     Raises:
         OSError: if it cannot be written.
@@ -213,6 +234,12 @@ def write_config(
         warnings.append(
             f"the run was in {before} until now and continues in {now}, because --precision auto "
             "follows the hardware"
+        )
+    processes = starts[-2].get("processes") if len(starts) > 1 else None
+    if continues and ranks.device.type == "cpu" and processes not in (None, ranks.world_size):
+        warnings.append(
+            f"the run had {processes} processes until now and continues with {ranks.world_size}: "
+            "on CPUs BatchNorm normalises each process's images by themselves"
         )
     text = json.dumps({"config": dict(config), "starts": starts}, indent=2)
     write_whole(path, (text + "\n").encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -129,7 +130,8 @@ def require_outside(folder: Path, dataset: str, data_root: Path) -> None:
     with suppress(OSError):  # of a folder that must not be read; told where it is listed
         images = data_root / "train" if (data_root / "train").is_dir() else data_root
         require(
-            not images.is_dir() or not folder.resolve().is_relative_to(images.resolve()),
+            not images.is_dir()
+            or not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)),
             f"--run-dir {folder} is inside {images}, so its pictures would be trained on in "
             "a later run; choose a --run-dir outside it",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -55,8 +56,7 @@ class RunLog:
     def __init__(
         self, folder: Path, config: Settings, defaults: Settings, fresh: bool, ranks: Ranks
     ) -> None:
-        folder = folder.resolve()
-        self.folder = folder
+        self.folder = folder = Path(os.path.realpath(folder))  # resolve() raises where links loop
         self.config = dict(config)
         self.defaults = defaults
         self.ranks = ranks

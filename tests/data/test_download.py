@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
+from common.data import in_memory
 from common.data.in_memory import load_cifar
 from common.data.photographs import find_photographs
 from common.runtime.errors import UserError
@@ -52,3 +56,28 @@ def test_the_other_ranks_download_nothing_and_are_told(
     with pytest.raises(UserError, match=rf"^{name} is not .* \(on the first rank\); connect"):
         LOADS[name](str(tmp_path), Ranks(1, 2, torch.device("cpu")))
     assert told == [False]
+
+
+def test_a_silent_network_ends_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def download(source: object, root: str, download: bool) -> None:
+        limits.append(socket.getdefaulttimeout())
+        raise IncompleteRead(b"")
+
+    monkeypatch.setattr(CIFAR10, "__init__", download)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_cifar("cifar10", str(tmp_path), 32, ALONE)
+    assert limits == [60]
+    assert socket.getdefaulttimeout() is None
+
+
+def test_a_machine_without_the_files_is_told_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first rank downloads."""
+    monkeypatch.setattr(in_memory, "download", lambda *arguments: None)
+    with pytest.raises(UserError, match=r"^not every process finds CIFAR-10 in .*; give every mac"):
+        load_cifar("cifar10", str(tmp_path), 32, ALONE)

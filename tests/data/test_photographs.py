@@ -15,7 +15,7 @@ from torchvision import transforms
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
 from common.data import photographs
-from common.data.decoding import decode
+from common.data.decoding import decode, square
 from common.data.loader import CropLoader, Loading
 from common.data.photographs import (
     CentreCrops,
@@ -23,7 +23,6 @@ from common.data.photographs import (
     crop,
     find_photographs,
     stack,
-    unpack,
 )
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
@@ -79,9 +78,8 @@ def test_both_crops_are_those_that_pillow_cuts(files: list[Path]) -> None:
 
 
 def test_a_crop_of_the_whole_at_its_own_size_is_the_photograph(files: list[Path]) -> None:
-    photograph = decode(files[0])
-    square = photograph[:, :40, :40]
-    assert torch.equal(crop(square, (0, 0, 40, 40), 40), square)
+    part = decode(files[0])[:, :40, :40]
+    assert torch.equal(crop(part, (0, 0, 40, 40), 40), part)
 
 
 def test_the_whole_photograph_is_augmented_before_each_crop(files: list[Path]) -> None:
@@ -158,10 +156,40 @@ def test_nothing_readable_is_told(files: list[Path], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(photographs, "GIVE_UP_AFTER", 3)
     crops = two_crops(files)
     assert crops[0, 9].index == 0  # the second after it, by way of the last
-    with pytest.raises(UserError, match=rf"^3 photographs in a row .*{files[4].name} cannot"):
-        unpack(stack([crops[0, 0], crops[0, 4]]))
+    problem = stack([crops[0, 0], crops[0, 4]]).error
+    assert re.match(rf"3 photographs in a row .*{files[4].name} cannot", problem)
     with pytest.raises(UserError, match="in a row cannot be decoded"):
         batches(crops)
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_a_disk_that_goes_away_stops_the_run_after_the_step(
+    skip_broken: bool, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The batch before lets all ranks finish the step, which then has its checkpoint."""
+    loader = CropLoader(two_crops(files), 4, 3, Loading(0, skip_broken=skip_broken), ALONE)
+    steps = loader.epoch(1, 0, 2)
+    _, before, _ = next(steps)
+    assert not loader.must_stop
+    (tmp_path / "train").rename(tmp_path / "gone")
+    step, crops, _ = next(steps)
+    assert step == 1
+    assert torch.equal(crops, before)
+    assert loader.must_stop
+    assert re.search(
+        r"error: 11 photographs in a row .*the same command continues", capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="in a row cannot be decoded"):
+        next(loader.epoch(2, 0, 2))
+
+
+def test_of_a_very_long_image_only_the_centre_is_resized() -> None:
+    image = pictures(1, (2, 1000))[0]
+    views = CentreCrops([image, image[:, :, 436:564], image.transpose(1, 2)], SIZE)
+    whole, centre, upright = (views[index].crops[0] for index in range(3))
+    assert torch.equal(whole, centre)
+    assert (upright.transpose(1, 2).int() - whole).abs().max() <= 1
+    assert torch.equal(square(image, SIZE), square(image[:, :, 436:564], SIZE))
 
 
 def test_folders_with_and_without_labels(files: list[Path], tmp_path: Path) -> None:

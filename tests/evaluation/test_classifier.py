@@ -19,9 +19,9 @@ from torch import Generator, Tensor, nn
 
 from common.augment.base import Augmentation, Draws
 from common.data.in_memory import ImageSet
-from common.evaluation import features
+from common.evaluation import classifier, features
 from common.evaluation.in_memory import LinearProtocol, linear_accuracy
-from common.runtime.errors import StopRequested
+from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from common.training.checkpoint import Checkpoints
 from common.training.signals import StopFlag
@@ -435,3 +435,31 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_result(
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 4
     assert all("linear_last.pt" in line and "No space left" in line for line in warnings)
+
+    def signal_in_the_fifth_step() -> None:
+        if len(probe.batches) == 12 + 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    probe.before_training_batch = signal_in_the_fifth_step
+    with pytest.raises(UserError, match=r"linear_last\.pt cannot be written .*: make room, then"):
+        probe.run(SHORT)
+    assert len(probe.batches) == 12 + 5
+
+
+def test_a_long_epoch_has_checkpoints_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "CHECKPOINT_SECONDS", -1)
+    expected, accuracy = uninterrupted(tmp_path / "whole")
+    assert len(expected.checkpoints.weights) == 12 + 4  # after each step, and each epoch
+    probe = Probe(tmp_path)
+
+    def fail_in_the_fifth_step() -> None:
+        if len(probe.batches) == 4:
+            raise RuntimeError("as by a kill")
+
+    probe.before_training_batch = fail_in_the_fifth_step
+    with pytest.raises(RuntimeError, match="as by a kill"):
+        probe.run(SHORT)
+    continued = Probe(tmp_path)
+    assert continued.run(SHORT) == accuracy
+    assert len(continued.batches) == 12 - 4, "no step is repeated"
+    assert_same_end(continued, expected)

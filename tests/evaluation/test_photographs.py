@@ -18,6 +18,7 @@ from common.data.photographs import PhotographSet
 from common.evaluation import photographs
 from common.evaluation.feature_batches import centre_features
 from common.evaluation.photographs import PhotographEvaluation, first_of_each_class
+from common.evaluation.pretrained import require_same_weights
 from common.runtime.errors import StopRequested, UserError
 from common.runtime.ranks import Ranks
 from processes import on_two_ranks
@@ -172,6 +173,30 @@ def features_where_rank_1_has_a_signal(ranks: Ranks) -> str:
         )
     ranks.wait()  # both are here: none waits in another collective
     return f"{stopped.value.exit_status} {stopped.value}"
+
+
+def features_where_rank_1_has_a_broken_file(ranks: Ranks) -> str:
+    """Also: it has other weights."""
+    network = torch.nn.Linear(2, 2).requires_grad_(False)
+    network.weight.fill_(ranks.rank)
+    network.bias.zero_()
+    with pytest.raises(UserError, match=r"not every process finds the same weights in x\.pt"):
+        require_same_weights(network, Path("x.pt"), ranks)
+    images = of_colours(*[RED] * 600)
+    images[3] = Path("/nowhere.png")
+    stop = SimpleNamespace(requested=False, exit_status=143)
+    with pytest.raises(UserError) as stopped:
+        centre_features(
+            images, lambda crops: crops.float().mean((2, 3)), 3, 32, Loading(0), ranks, stop
+        )
+    ranks.wait()  # both are here: none waits in another collective
+    return str(stopped.value)
+
+
+def test_a_broken_file_on_one_rank_ends_both(tmp_path: Path) -> None:
+    others, own = on_two_ranks(features_where_rank_1_has_a_broken_file, tmp_path)
+    assert others == "another process met a file that cannot be decoded"
+    assert own.startswith("/nowhere.png cannot be")
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_batch(tmp_path: Path) -> None:

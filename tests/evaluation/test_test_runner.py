@@ -282,6 +282,10 @@ def test_an_unfinished_classifier_is_not_overwritten(
     unfinished["epoch"] = 1
     torch.save(unfinished, tmp_path / "linear_last.pt")
     before = (tmp_path / "linear_last.pt").read_bytes()
+    other = tmp_path / "other.pt"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), other)
+    with pytest.raises(UserError, match=r"unfinished classifier of other weights; choose another"):
+        evaluate(folder, other, tmp_path)
     # kNN alone trains no classifier and leaves it there.
     evaluate(folder, weights, tmp_path, epochs=0, knn=True)
     assert (tmp_path / "linear_last.pt").read_bytes() == before

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.evaluation import in_memory, test_runner
+from common.evaluation import in_memory, pretrained, test_runner
 from common.evaluation.photographs import PhotographEvaluation
 from common.networks.resnet import imagenet_resnet
 from common.runtime import launch
@@ -114,7 +114,7 @@ def test_linear_evaluation_keeps_to_its_device(
 ) -> None:
     torch.save(imagenet_resnet("resnet18").state_dict(), tmp_path / "backbone.pt")
     # Both look at the weights' values, before and after everything else.
-    monkeypatch.setattr(test_runner, "checksum", lambda state: 0)
+    monkeypatch.setattr(pretrained, "checksum", lambda state: 0)
     monkeypatch.setattr(torch, "equal", lambda one, other: True)
     config = test_runner.Config(
         str(tmp_path / "backbone.pt"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_a_missing_gpu_is_a_sentence() -> None:
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which torchrun would not set"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', which torchrun would not set"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', which torchrun would not set"),
-        ({"WORLD_SIZE": "2"}, "RANK expected, but not set; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "RANK expected, but not set; start all of them with torchrun"),
     ],
 )
 def test_a_broken_environment_is_a_sentence(
@@ -108,14 +109,22 @@ def test_a_restart_does_not_read_the_addresses_of_the_attempt_before(
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    options = launch._store_of_attempt()
-    if machines == 2:  # which may count their restarts differently
-        assert options == {}
-        return
-    assert (options["rank"], options["world_size"]) == (1, 2)
+    options = launch._join(2 * machines)
+    assert (options["rank"], options["world_size"]) == (1, 2 * machines)
     assert torchruns.check(["address"])
-    assert not options["store"].check(["address"])
+    # Several machines may count their restarts differently.
+    assert options["store"].check(["address"]) == (machines == 2)
     options["store"].set("address", "of this process")
-    assert torchruns.get("address") == b"of a process that has ended"
+    kept = b"of this process" if machines == 2 else b"of a process that has ended"
+    assert torchruns.get("address") == kept
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert launch._store_of_attempt() == {}
+    assert launch._join(2 * machines)["store"].check(["address"])
+
+
+def test_processes_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "JOINING", timedelta(seconds=1))
+    with pytest.raises(UserError, match=r"cannot be joined: .*1/2 .*; start all of them with tor"):
+        launch.start("cpu")

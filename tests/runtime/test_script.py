@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -35,6 +36,11 @@ class Killed(Dataset):
 
     def __getitem__(self, index):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Huge(Killed):
+    def __getitem__(self, index):
+        return numpy.empty(2**60, numpy.uint8)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,10 @@ def main(config: Config) -> None:
                 raise RuntimeError("a bug")
             if step == 50 and config.end == "memory":
                 torch.empty(2**50)
+            if step == 50 and config.end == "memory of a worker":
+                next(iter(DataLoader(Huge(), num_workers=1)))
+            if step == 50 and config.end == "lost":
+                raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
             if step == 50 and config.end == "memory of Python":
                 bytes(2**62)
         file.write("complete")
@@ -184,6 +194,8 @@ ENDS = {
     "bug": (1, b"\nTraceback (most recent call last):\n"),
     "memory": (1, b"\nerror: too little memory ("),
     "memory of Python": (1, b"\nerror: too little memory (Python got none)"),
+    "memory of a worker": (1, b"\nerror: a loader process had too little memory (Caught "),
+    "lost": (1, b"\nerror: another process of this run has ended; its own message says why ("),
 }
 
 

@@ -423,6 +423,8 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged() -> None:
         closed, path = Path(name) / "closed", Path(name) / "last.pt"
         closed.mkdir(mode=0)
         torch.save({}, path)
+        torch.save({}, Path(name) / "previous.pt")
+        (Path(name) / "previous.pt").chmod(0o644)
         path.chmod(0)
         Path(name).chmod(0o755)
 
@@ -434,6 +436,9 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged() -> None:
                 with pytest.raises(UserError) as raised:
                     read_checkpoint(one)
                 messages.append(str(raised.value))
+            for folder in (path.parent, closed):  # the one before it is not taken in its place
+                with pytest.raises(UserError, match=r"it may be intact: repeat the command"):
+                    Checkpoints(folder).load({})
             return messages
 
         assert in_child(refused) == [

@@ -29,7 +29,7 @@ from common.runtime import precision, repository
 from common.runtime.errors import UserError
 from common.runtime.ranks import Ranks
 from common.training.checkpoint import read_checkpoint
-from common.training.config_json import MAY_CHANGE
+from common.training.config_json import MAY_CHANGE, write_config
 from common.training.progress import Progress
 from common.training.run_folder import RunLog
 from processes import files, forking, in_child, limit_files_to
@@ -184,6 +184,19 @@ def test_another_precision_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert [start["precision"] for start in starts] == ["bf16", "fp32", "fp32"]
     (line,) = told
     assert "in bf16 until now and continues in fp32" in line
+
+
+def test_another_number_of_processes_on_cpus_is_told(folder: Path) -> None:
+    """BatchNorm there takes each process's own images."""
+    folder.mkdir(parents=True)
+    told = []
+    for processes in (1, 2, 2):
+        ranks = Ranks(0, processes, torch.device("cpu"))
+        warnings = write_config(folder / "config.json", SETTINGS, ranks, continues=bool(told))
+        told.append(warnings)
+    (line,) = told[1]
+    assert "had 1 processes until now and continues with 2: on CPUs BatchNorm" in line
+    assert told[0] == told[2] == []
 
 
 def test_the_picture(folder: Path) -> None:
