@@ -83,11 +83,11 @@ class Config:
     epochs: Positive = 800  # of the whole schedule, at least 2
     warmup_epochs: Count = 10  # of linear warm-up; a cosine follows
     batch_size: BatchSize = 512  # global, over all processes
-    base_lr: Rate = 0.03  # for a batch of 256; proportional to the batch
+    base_lr: Rate = 0.03  # for a batch of 256; scales with the batch
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 5e-4  # on every parameter
     # evaluation
-    knn_every: Count = 1  # epochs; 0: only at the end
+    knn_every: Count = 1  # epochs; 0: only before training and at the end
     linear_epochs: Count = 100  # of the linear evaluation at the end; 0: none
     # run
     max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit

@@ -1,4 +1,4 @@
-"""What byol_harder_aug_imagenet adds to the standard view T of `common/augment/imagenet.py`.
+"""The views of byol_harder_aug_imagenet.
 
 T begins with RandAugment on the whole photograph, before the crop, so the loader workers apply it.
 """
@@ -10,8 +10,10 @@ from common.augment.blur import GaussianBlur
 from common.augment.colour import ColorJitter, RandomGrey
 from common.augment.crop import RandomResizedCropFlip
 from common.augment.grid_shuffle import GridShuffle
-from common.augment.imagenet import CROP_SCALE
+from common.augment.imagenet import CROP_SCALE, standard_augmentation
 from common.augment.randaugment import RandAugment
+
+__all__ = ["CROP_SCALE", "heavy_augmentation", "standard_augmentation", "whole_augmentation"]
 
 
 def whole_augmentation(num_ops: int, magnitude: int) -> RandAugment | None:

@@ -1,12 +1,12 @@
 """BYOL under harder heavy augmentation on ImageNet (table 3 of the paper, ImageNet column).
 
-    python run.py --data-root DIR                              DSSL with T̂ = RandAugment(8, 16) …
-    python run.py --regime joint                               heavy views, symmetric loss
-    python run.py --regime baseline --standard-randaug 0 0     tables 1 and 3: plain T
-    python run.py --standard-randaug 0 0 --heavy-randaug 2 9 --no-heavy-crop      table 1: dssl
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST run.py …
+    python run.py --data-root DIR                              DSSL, T̂ with RandAugment(8, 16)
+    … --regime joint                                           heavy views, symmetric loss
+    … --regime baseline --standard-randaug 0 0                 tables 1 and 3: plain T
+    … --standard-randaug 0 0 --heavy-randaug 2 9 --no-heavy-crop                  table 1: dssl
 
-DIR holds train/<class>/*.jpg, or photographs without classes. The same command continues a run that
+DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
+machines: docs/running.md. The same command continues a run that
 was stopped. Edit the settings below, or set any of them on the command line.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
@@ -23,10 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from byol_harder_aug_imagenet.augmentation import heavy_augmentation, whole_augmentation
+from byol_harder_aug_imagenet.augmentation import (
+    CROP_SCALE,
+    heavy_augmentation,
+    standard_augmentation,
+    whole_augmentation,
+)
 from byol_harder_aug_imagenet.loss import pair_loss
 from byol_harder_aug_imagenet.model import online_network
-from common.augment.imagenet import CROP_SCALE, normalised, standard_augmentation
+from common.augment.imagenet import normalised
 from common.data.batches import PhotographBatches
 from common.data.loader import Loading
 from common.data.photographs import Dataset, RandomCrops, find_photographs
@@ -81,7 +86,7 @@ class Config:
     # optimisation
     epochs: Positive = 100  # of the whole schedule
     batch_size: BatchSize = 512  # global, over all processes
-    lr: Rate = 0.1  # whatever the batch size; cosine, no warm-up
+    lr: Rate = 0.1  # does not scale with the batch; cosine, no warm-up
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-4  # on every parameter
     # evaluation
@@ -90,7 +95,7 @@ class Config:
     # run
     max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
     checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
-    seed: Seed = 0  # of weights, order and views
+    seed: Seed = 0  # of weights, order, views and shapes
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
     precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
     compile: bool = False  # torch.compile the network and the views' arithmetic

@@ -7,7 +7,8 @@ the whole sum, but the activations of two views are in memory at a time instead 
 direction is softened, s > 0, they are those of three, and of four on several GPUs.
 
 The views are passed in the order v, v', v̂, v̂', as in the authors' scripts: BatchNorm's running
-averages depend on it. On several GPUs v and v' share a pass, and so do v̂ and v̂'.
+averages depend on it. On several GPUs, where BatchNorm is synchronised, v and v' share a pass, and
+so do v̂ and v̂'.
 """
 
 from __future__ import annotations

@@ -47,10 +47,10 @@ class ViewMaker:
 
         Standard views are drawn first, so that with one generator all regimes share them.
         """
-        drawn = [self.standard.draw(batch, size, generator) for _ in range(2)]
+        drawn = [self.standard.checked_draw(batch, size, generator) for _ in range(2)]
         if self.regime != "baseline":
             size = self.standard.output_size(size)
-            drawn += [self.heavy.draw(batch, size, generator) for _ in range(2)]
+            drawn += [self.heavy.checked_draw(batch, size, generator) for _ in range(2)]
         return torch.cat(drawn, dim=1)
 
     def views(self, batch: Batch) -> Views:

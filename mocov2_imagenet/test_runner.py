@@ -1,9 +1,9 @@
 """Linear evaluation on ImageNet of a backbone that mocov2_imagenet has pretrained.
 
-    python test_runner.py --pretrained ../runs/mocov2_imagenet/dssl-seed0/last.pt
+    python test_runner.py --pretrained FILE --data-root DIR
 
-with --data-root DIR, which holds train/<class>/* and val/<class>/*; on every GPU of the machine,
-under torchrun as run.py.
+FILE is the run's last.pt, by default ../runs/mocov2_imagenet/dssl-seed0/last.pt.
+DIR holds train/<class>/* and val/<class>/*. It runs on every GPU of the machine, or under torchrun.
 The protocol and its settings are those of every ImageNet experiment: `Config` in
 `common/evaluation/test_runner.py`. Typing the same command again continues.
 """

@@ -1,18 +1,19 @@
 """SimCLR with directional heavy augmentation on ImageNet (table 1 of the paper, SimCLR column).
 
     python run.py --data-root DIR          DSSL, 100 epochs, on every GPU of the machine
-    python run.py --regime baseline        standard views only
-    python run.py --regime joint           heavy views, symmetric loss
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST run.py …
+    … --regime baseline                    standard views only
+    … --regime joint                       heavy views, symmetric loss
 
-DIR holds train/<class>/*.jpg, or photographs without classes. The same command continues a run that
+DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
+machines: docs/running.md. The same command continues a run that
 was stopped. Edit the settings below, or set any of them on the command line.
 
-The paper's authors published no script for this column. T, projector, τ, the learning rate's rule,
-weight decay, warm-up and cosine, synchronised BatchNorm are SimCLR's published settings (Chen et
-al., 2020). This project chose: batch 512 for 100 epochs, LARC in place of LARS and on every
-parameter, learning rates constant within an epoch, the heavy view as in simsiam_imagenet, and the
-asymmetric loss in loss.py.
+The paper's authors published no script for this column. T, the projector's sizes, τ, the rule of
+the learning rate, weight decay, warm-up and cosine, synchronised BatchNorm are SimCLR's published
+settings (Chen et al., 2020). This project chose: batch 512 for 100 epochs, LARC in place of LARS,
+on every parameter, and so is weight decay (published: not on biases and BatchNorm), no BatchNorm
+after the projector (published: one), learning rates constant within an epoch, the heavy view as in
+simsiam_imagenet, and the asymmetric loss in loss.py.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
 224 px (baseline and joint: two).
@@ -99,7 +100,7 @@ class Config:
     # run
     max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
     checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
-    seed: Seed = 0  # of weights, order and views
+    seed: Seed = 0  # of weights, order, views and shapes
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
     precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
     compile: bool = False  # torch.compile the network and the views' arithmetic

@@ -1,11 +1,11 @@
 """SimSiam with directional heavy augmentation on ImageNet (table 1 of the paper, SimSiam column).
 
     python run.py --data-root DIR          DSSL, the paper's 100 epochs, on every GPU of the machine
-    python run.py --regime baseline        standard views only
-    python run.py --regime joint           heavy views, symmetric loss
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST run.py …
+    … --regime baseline                    standard views only
+    … --regime joint                       heavy views, symmetric loss
 
-DIR holds train/<class>/*.jpg, or photographs without classes. The same command continues a run that
+DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
+machines: docs/running.md. The same command continues a run that
 was stopped. Edit the settings below, or set any of them on the command line.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
@@ -80,7 +80,7 @@ class Config:
     # optimisation
     epochs: Positive = 100  # of the whole schedule
     batch_size: BatchSize = 512  # global, over all processes
-    lr: Rate = 0.1  # whatever the batch size; cosine, no warm-up
+    lr: Rate = 0.1  # does not scale with the batch; cosine, no warm-up
     momentum: Fraction = 0.9  # of SGD
     weight_decay: Decay = 1e-4  # on every parameter
     # evaluation
@@ -89,7 +89,7 @@ class Config:
     # run
     max_steps: Count = 0  # end after this number of steps, for trials; 0: no limit
     checkpoint_minutes: Minutes = 10  # between checkpoints; each epoch ends with one
-    seed: Seed = 0  # of weights, order and views
+    seed: Seed = 0  # of weights, order, views and shapes
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
     precision: Precision = "auto"  # bf16 where the hardware has it, else fp32
     compile: bool = False  # torch.compile the network and the views' arithmetic

@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = sorted(path.parent.name for path in ROOT.glob("*/run.py"))
 # Options of torchrun, SLURM, Docker, TensorBoard and of benchmarks.
 OTHER_FLAGS = re.compile(
-    "nnodes|nproc-per-node|rdzv-id|rdzv-backend|rdzv-endpoint|max-restarts|shutdown-timeout|signal|"
+    "nnodes|nproc-per-node|rdzv-id|rdzv-backend|rdzv-endpoint|max-restarts|shutdown-timeout|signal|signals-to-handle|index-url|"
     "requeue|nodes|ntasks-per-node|gpus-per-node|cpus-per-task|time|partition|account|gpus|shm-size|init|"
     "cpus|logdir|help|curves"
 )

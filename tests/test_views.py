@@ -90,6 +90,31 @@ def test_heavy_views_are_derived_from_their_own_standard_views(
         assert not torch.equal(one, other)
 
 
+class Wrong(RandAugment):
+    """An augmentation of one's own that counts its numbers wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 9)
+        self.columns -= 1
+
+
+@pytest.mark.parametrize(
+    "maker",
+    [
+        ViewMaker(Chain(STANDARD, Wrong()), HEAVY, "baseline"),
+        ViewMaker(Wrong(), HEAVY, "baseline"),
+        ViewMaker(STANDARD, Wrong(), "dssl"),
+    ],
+)
+def test_an_augmentation_that_counts_its_numbers_wrongly_is_named(maker: ViewMaker) -> None:
+    width = RandAugment(2, 9).columns
+    message = (
+        rf"Wrong\.draw gives numbers of shape \(4, {width}\); its columns says \(4, {width - 1}"
+    )
+    with pytest.raises(ValueError, match=message):
+        maker.draw(4, IMAGE_SIZE, generator_for("views", 0))
+
+
 def test_all_regimes_share_their_standard_views(images: Tensor) -> None:
     """And joint and dssl all four: they differ in the loss."""
     baseline, joint, dssl = (make(regime, images, draw(regime, 3, 2, 1)) for regime in REGIMES)

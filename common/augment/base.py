@@ -63,11 +63,25 @@ class Draws(NamedTuple):
 class Augmentation(ABC):
     """A batched random map of uint8 images `[B, 3, H, W]`; see the module's docstring."""
 
-    columns: int  # how many random numbers one image takes
+    columns: int  # how many random numbers `draw` gives one image
 
     @abstractmethod
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw for `batch` images of `size` (height, width): CPU float32 `[batch, columns]`."""
+
+    def checked_draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """`draw`, whose width other augmentations find their own columns by.
+
+        Raises:
+            ValueError: if it is not `columns`.
+        """
+        drawn = self.draw(batch, size, generator)
+        if drawn.shape[1:] != (self.columns,):
+            raise ValueError(
+                f"{type(self).__name__}.draw gives numbers of shape {tuple(drawn.shape)}; its "
+                f"columns says ({batch}, {self.columns})"
+            )
+        return drawn
 
     @abstractmethod
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
@@ -99,7 +113,7 @@ class Chain(Augmentation):
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         drawn = []
         for augmentation in self.augmentations:
-            drawn.append(augmentation.draw(batch, size, generator))
+            drawn.append(augmentation.checked_draw(batch, size, generator))
             size = augmentation.output_size(size)
         return torch.cat(drawn, dim=1)
 

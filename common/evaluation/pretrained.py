@@ -22,6 +22,7 @@ def load_backbone(
     path: Path,
     architecture: Depth | None = None,
     stem_stride: int | None = None,
+    image_size: int | None = None,
     *,
     tell: bool = True,
 ) -> nn.Module:
@@ -31,6 +32,7 @@ def load_backbone(
         architecture: what it has to be, a ResNet for large images; None: any, `CifarResNet` too.
         stem_stride: of a `CifarResNet`; None: as in the settings of the run that wrote the file,
             without such settings 1.
+        image_size: of the images to come; a run that was trained at another is told of.
         tell: print which weights of the file were taken, and which were not.
 
     Raises:
@@ -38,8 +40,9 @@ def load_backbone(
     """
     content = read_checkpoint(path, with_objects=True)
     found = find_backbone(content, str(path), architecture)
+    settings = _settings(content, path)
     if stem_stride is None:
-        stem_stride = _settings(content, path).get("stem_stride", 1)
+        stem_stride = settings.get("stem_stride", 1)
     try:
         network = found.build(stem_stride)
     except UserError:
@@ -57,6 +60,9 @@ def load_backbone(
             say(f"  Other whole ResNets in it, not used: {', '.join(found.others)}")
         if found.unused:
             say(f"  Not used: {', '.join(found.unused)}")
+        trained_at = settings.get("image_size", image_size)
+        if image_size is not None and trained_at != image_size:
+            say(f"  Trained on views of {trained_at} px, evaluated at {image_size} (--image-size)")
     return network
 
 

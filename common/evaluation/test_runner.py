@@ -73,7 +73,7 @@ class Config:
     cache_features: bool = False  # train on centre crops' features, extracted once into memory
     knn: bool = False  # weighted kNN too, on the features of centre crops; --epochs 0: only that
     # run
-    seed: Seed = 0  # of the classifier, order and crops
+    seed: Seed = 0  # of the classifier, order, crops and shapes
     device: str = "auto"  # auto: every CUDA GPU, else MPS, else CPU
     precision: Precision = "auto"  # of the backbone: bf16 where the hardware has it, else fp32
     run_dir: str = ""  # for checkpoints and the result; default: the pretrained file's folder
@@ -91,12 +91,14 @@ def main(config: Config) -> None:
     ranks = launch.start(config.device)
     device = ranks.device
     ranks.share(config.batch_size)
-    backbone = load_backbone(Path(config.pretrained), config.backbone, tell=ranks.is_main)
+    source = Path(config.pretrained)
+    own = {"image_size": config.image_size, "tell": ranks.is_main}
+    backbone = load_backbone(source, config.backbone, **own)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    weights = require_same_weights(backbone, Path(config.pretrained), ranks)
+    weights = require_same_weights(backbone, source, ranks)
 
-    folder = Path(config.run_dir or Path(config.pretrained).parent)
+    folder = Path(config.run_dir or source.parent)
     # Files of its own for each kind of classifier: the others do not overwrite the protocol's.
     kind = "sweep" if config.sweep else "cached" if config.cache_features else "linear"
     try:
@@ -179,7 +181,7 @@ def main(config: Config) -> None:
             print(f"linear accuracy  top-1 {result['top_1']:.2f} %, top-5 {result['top_5']:.2f} %")
         if config.knn:
             print(f"kNN accuracy     {result['knn']:.2f} %")
-        print(f"  of {len(test_labels)} photographs; the backbone is unchanged, bit for bit")
+        print(f"  of {len(test_labels)} images; the backbone is unchanged, bit for bit")
         try:
             append_once(folder / "linear.jsonl", {**result, "config": asdict(config)})
         except OSError as error:

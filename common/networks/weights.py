@@ -93,6 +93,11 @@ def find_backbone(
         UserError: if there is none, or none that is whole, or several that no rule decides between.
     """
     tensors = dict(_tensors(content))
+    require(
+        bool(tensors),
+        f"{source} has no tensors with names, perhaps because a whole network was saved; with the "
+        "program that wrote it save the state dict alone: torch.save(network.state_dict(), FILE)",
+    )
     candidates = dict(_candidates(tensors))
     found = {
         prefix: {name: tensors[old] for name, old in names.items()}

@@ -25,8 +25,9 @@ def uses_bf16(precision: Precision, device: torch.device) -> bool:
 def shared_casts(device: torch.device) -> AbstractContextManager[object]:
     """The context of a training step, in which passes under `autocast` share the weights' casts.
 
-    Autocast keeps the bf16 copy of a weight until its outermost context ends. Without this one,
-    each forward pass would cast every weight again. Enter it once a step: after a change of the
+    Autocast keeps the bf16 copy of a weight that gets a gradient until its outermost context ends.
+    Without this one, each forward pass would cast every weight again, as those of target networks
+    do. Enter it once a step: after a change of the
     weights the copies are out of date. Arithmetic outside `autocast` stays in fp32.
 
     The gradients of two passes in one backward pass are then added in bf16. It is for CUDA alone,

@@ -12,7 +12,8 @@ def generator_for(purpose: str, *key: int) -> torch.Generator:
     """A CPU generator that depends on its arguments alone, e.g. ("views", seed, epoch, step).
 
     Args:
-        purpose: keeps streams with equal keys apart.
+        purpose: keeps streams with equal keys apart. (torch keeps 32 bits of the seed, so among
+            millions of keys some share a stream.)
         key: integers, at least 0.
     """
     # SeedSequence pads with zeros: the length keeps (1,) and (1, 0) apart.

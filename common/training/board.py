@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,14 @@ class Board:
             images: of the same N, uint8 `[N, 3, S, S]` on the CPU.
         """
         thumbnails = F.interpolate(images.float(), (THUMBNAIL, THUMBNAIL), mode="area") / 255
-        self._write(
-            lambda writer: writer.add_embedding(
-                features, label_img=thumbnails, global_step=epoch, tag="features"
-            )
-        )
+
+        def add(writer: SummaryWriter) -> None:
+            with redirect_stdout(io.StringIO()):  # it warns where a finished run is typed again
+                writer.add_embedding(
+                    features, label_img=thumbnails, global_step=epoch, tag="features"
+                )
+
+        self._write(add)
 
     def _write(self, add: Callable[[SummaryWriter], object]) -> None:
         if self._writer is None:

@@ -24,8 +24,8 @@ from common.training.lock import NAME as LOCK_NAME
 
 Settings = Mapping[str, Any]  # plain values by name
 
-# Settings that do not change the experiment: where and how it runs, what is logged, how long it
-# runs. A run is not continued with any other setting changed. `data_root` and `classes` are paths;
+# Settings that do not change the experiment: where and how it runs, what is logged, where it stops.
+# A run is not continued with any other setting changed. `data_root` and `classes` are paths;
 # the images that they lead to are compared by their names.
 MAY_CHANGE = frozenset(
     {

@@ -83,17 +83,28 @@ def test_code_beside_weights_is_not_run(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-def test_a_run_s_files_are_read(tmp_path: Path) -> None:
+def test_a_run_s_files_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     whole, target = (SimSiam("resnet18", projector_dim=8, predictor_dim=4) for _ in range(2))
     expected = whole.backbone.state_dict()
-    states = {"model": whole.state_dict(), "target": target.state_dict(), "config": {"lr": 1}}
+    states = {
+        "model": whole.state_dict(),
+        "target": target.state_dict(),
+        "config": {"lr": 1, "image_size": 96},
+    }
     torch.save(states, tmp_path / "last.pt")
     torch.save(expected, tmp_path / "backbone.pt")
     for name in ("last.pt", "backbone.pt"):
         found = load_backbone(tmp_path / name, "resnet18").state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for size in (96, 224):
+        capsys.readouterr()
+        load_backbone(tmp_path / "last.pt", image_size=size)
+        said = capsys.readouterr().out
+        assert ("Trained on views of 96 px, evaluated at 224 (--image-size)" in said) == (
+            size != 96
+        )
 
 
 @pytest.mark.parametrize("architecture", ["resnet10", "resnet18", "resnet50"])

@@ -181,6 +181,11 @@ def without(name: str) -> State:
             r"several ResNets, and none is known to be the one to evaluate: a\., b\.;",
         ),
         ({"model": [1], "x": torch.zeros(3)}, "resnet18", "no ResNet: among its 1 tensors"),
+        (
+            {"model": object()},
+            None,
+            r"no tensors with names, .* save the state dict alone: torch\.s",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(content: State, architecture: str | None, message: str) -> None:
