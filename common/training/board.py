@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ class Board:
             first = min(first, max(1, rows[-1]["epoch"]))
         if not self.folder.exists():
             first = 0
+        _quiet_writers()
         try:
             self._writer = SummaryWriter(self.folder, purge_step=first)
         except UnicodeEncodeError:
@@ -108,3 +111,15 @@ class Board:
             with suppress(OSError):
                 self._writer.close()
             self._writer = None
+
+
+@cache
+def _quiet_writers() -> None:
+    """Of errors in the threads that write events show no traceback: `Board` is told of them too."""
+    show = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            show(arguments)
+
+    threading.excepthook = hook
