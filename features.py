@@ -166,13 +166,14 @@ def write(output: Path, features: Tensor, done: Sequence[int], found: Photograph
     if broken:
         say(f"Left out {len(broken)} broken files: {first_of([found.names[i] for i in broken])}")
     # After hours of work another file may have taken the name, or the room. A quota shows only now.
-    place = first_free(output) if output.exists() else output
+    place = output
     try:
+        place = first_free(output) if output.exists() else output
         save(place, content)
     except OSError as error:
         problem = f"{place} cannot be written ({error})"
-        place = first_free(Path(tempfile.gettempdir()) / output.name)
         try:
+            place = first_free(Path(tempfile.gettempdir()) / output.name)
             save(place, content)
         except OSError as further:
             raise UserError(

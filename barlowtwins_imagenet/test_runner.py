@@ -2,7 +2,7 @@
 
     python test_runner.py --pretrained FILE --data-root DIR
 
-FILE is the run's last.pt, by default ../runs/barlowtwins_imagenet/dssl-seed0/last.pt.
+FILE is the run's last.pt, such as ../runs/barlowtwins_imagenet/dssl-seed0/last.pt.
 DIR holds train/<class>/* and val/<class>/*. It runs on every GPU of the machine, or under torchrun.
 The protocol and its settings are those of every ImageNet experiment: `Config` in
 `common/evaluation/test_runner.py`. Typing the same command again continues.

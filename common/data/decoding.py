@@ -84,14 +84,14 @@ def _to_rgb(source: Image.Image) -> Image.Image:
 
 
 def without_ends(pixels: Tensor) -> Tensor:
-    """An image `[3, H, W]` whose longer side is at most `LONGEST` times the other: its centre.
+    """An image `[3, H, W]` without what is far from the centre of a side of over `LONGEST` others.
 
     Evaluation uses only the centre; resized whole, 1 × 10,000 pixels would take gigabytes.
     """
     height, width = pixels.shape[1:]
     most = LONGEST * min(height, width)
-    top, left = max(0, height - most) // 2, max(0, width - most) // 2
-    return pixels[:, top : top + most, left : left + most]
+    top, left = (max(0, length - most) // 2 for length in (height, width))  # as much at both ends
+    return pixels[:, top : height - top, left : width - left]
 
 
 def decode_square(file: Path | Entry, size: int) -> Tensor:
@@ -106,7 +106,8 @@ def decode_square(file: Path | Entry, size: int) -> Tensor:
 def square(pixels: Tensor, size: int) -> Tensor:
     """Resize an image, uint8 `[3, H, W]`, to `[3, size, size]`.
 
-    As by torchvision's Resize (shorter side, bicubic) and CenterCrop, to the bit.
+    As by torchvision's Resize (shorter side, bicubic) and CenterCrop, to the bit; very long images
+    are cut before.
     """
     if pixels.shape[1:] == (size, size):
         return pixels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,12 +195,14 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
     files = listing.files
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     broken: dict[int, str] = {}
+    stopped = threading.Event()
 
     def read(index: int) -> None:
         try:
             images[index] = decode_square(files[index], image_size)
         except BrokenFile as error:
             if not skip_broken:
+                stopped.set()
                 raise UserError(
                     f"{error}; restore the file or, for a new run, remove it, or leave such files "
                     "out with --skip-broken"
@@ -208,6 +211,8 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
 
     def read_all(some: range) -> int:
         for index in some:
+            if stopped.is_set():
+                break
             read(index)
         return len(some)
 
@@ -221,6 +226,7 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
             for count in pool.map(read_all, parts):
                 bar.update(count)
         except BaseException:  # an error, or Ctrl-C: do not decode the others
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
     kept = [index for index in range(len(files)) if index not in broken]

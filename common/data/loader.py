@@ -133,10 +133,13 @@ class CropLoader:
                 skipped += batch.broken
                 problem = _problem(batch, self.skip_broken)
                 if batch.error:
-                    # The disk may be gone: the batch before lets all ranks finish the step.
-                    if before is None or len(before.indices) != len(batch.indices):
+                    # The disk may be gone: images of before let all ranks finish the step.
+                    count = len(batch.indices)
+                    if before is None or len(before.indices) < count:
                         raise UserError(problem)
-                    batch = before
+                    batch = before._replace(
+                        crops=before.crops[:, :count], indices=before.indices[:count]
+                    )
                 if problem and not self.must_stop:
                     self.must_stop = True
                     tqdm.write(f"error: {problem}", file=sys.stderr)

@@ -61,8 +61,8 @@ def linear_accuracy(
 ) -> float:
     """Train a classifier on the frozen backbone; top-1 accuracy in percent over the whole test set.
 
-    Continues from its own checkpoints, written after each epoch and when a signal comes. An epoch
-    has whole batches only, as in the authors' script.
+    Continues from its own checkpoints (`train_classifier`). An epoch has whole batches only, as in
+    the authors' script.
 
     Args:
         backbone: put in eval mode; no gradient reaches it. Its `feature_dim` is d.

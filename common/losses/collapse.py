@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Well below any healthy run (0.5 and more at the end of those in results/), above a collapsed one.
+# Well below any run in results/ that learned (0.5 and more at the end), above a collapsed one.
 COLLAPSED_BELOW = 0.1
 
 

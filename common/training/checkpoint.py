@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -95,6 +96,9 @@ def _read(path: Path, *, with_objects: bool = False) -> object:
     except Exception as error:  # a damaged pickle can raise anything
         if is_out_of_memory(error):
             raise
+        # A damaged archive can send zipfile to a place before its start: an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise _UnreadableError(f"{path} cannot be read ({error.strerror})") from error
         raise UserError(f"{path} {_reason(error)}") from error
 
 

@@ -14,8 +14,8 @@ from torchvision import transforms
 
 from common.augment.crop import draw_crops
 from common.augment.randaugment import RandAugment
-from common.data import photographs
-from common.data.decoding import decode, square
+from common.data import decoding, photographs
+from common.data.decoding import decode, square, without_ends
 from common.data.loader import CropLoader, Loading
 from common.data.photographs import (
     CentreCrops,
@@ -162,19 +162,25 @@ def test_nothing_readable_is_told(files: list[Path], monkeypatch: pytest.MonkeyP
         batches(crops)
 
 
+@pytest.mark.parametrize("at_once", [4, 3])
 @pytest.mark.parametrize("skip_broken", [False, True])
 def test_a_disk_that_goes_away_stops_the_run_after_the_step(
-    skip_broken: bool, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    skip_broken: bool,
+    at_once: int,
+    files: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The batch before lets all ranks finish the step, which then has its checkpoint."""
-    loader = CropLoader(two_crops(files), 4, 3, Loading(0, skip_broken=skip_broken), ALONE)
+    loading = Loading(0, skip_broken=skip_broken)
+    loader = CropLoader(two_crops(files), 4, 3, loading, ALONE, at_once)
     steps = loader.epoch(1, 0, 2)
     _, before, _ = next(steps)
     assert not loader.must_stop
     (tmp_path / "train").rename(tmp_path / "gone")
-    step, crops, _ = next(steps)
-    assert step == 1
-    assert torch.equal(crops, before)
+    step, crops, indices = next(steps)
+    assert (step, len(indices)) == ((1, 4) if at_once == 4 else (0, 1))  # a step in pieces of 3, 1
+    assert torch.equal(crops, before[:, : len(indices)])
     assert loader.must_stop
     assert re.search(
         r"error: 11 photographs in a row .*the same command continues", capsys.readouterr().err
@@ -183,13 +189,25 @@ def test_a_disk_that_goes_away_stops_the_run_after_the_step(
         next(loader.epoch(2, 0, 2))
 
 
-def test_of_a_very_long_image_only_the_centre_is_resized() -> None:
+def test_of_a_very_long_image_only_the_centre_is_resized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     image = pictures(1, (2, 1000))[0]
     views = CentreCrops([image, image[:, :, 436:564], image.transpose(1, 2)], SIZE)
     whole, centre, upright = (views[index].crops[0] for index in range(3))
     assert torch.equal(whole, centre)
     assert (upright.transpose(1, 2).int() - whole).abs().max() <= 1
     assert torch.equal(square(image, SIZE), square(image[:, :, 436:564], SIZE))
+    assert torch.equal(without_ends(image), image[:, :, 436:564])
+    assert torch.equal(without_ends(image[:, :, 1:]), image[:, :, 436:565])  # 999 = 435 + 129 + 435
+    shapes = []
+    for part, view in ((photographs, views.view), (decoding, lambda image: square(image, SIZE))):
+        cut = part.without_ends
+        monkeypatch.setattr(
+            part, "without_ends", lambda x, cut=cut: shapes.append(x.shape) or cut(x)
+        )
+        view(image)
+    assert shapes == [image.shape] * 2
 
 
 def test_folders_with_and_without_labels(files: list[Path], tmp_path: Path) -> None:

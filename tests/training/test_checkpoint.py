@@ -448,6 +448,25 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged() -> None:
         closed.chmod(0o755)
 
 
+def test_a_disk_that_fails_in_the_middle_of_a_file_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for epoch in (1, 2):
+        checkpoints.save({"epoch": epoch})
+
+    def fail(archive: zipfile.ZipFile) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "testzip", fail)
+        with pytest.raises(
+            UserError, match=r"last\.pt cannot be read \(Stale file handle\); it may"
+        ):
+            checkpoints.load({"epoch": int})
+    assert checkpoints.load({"epoch": int}) == {"epoch": 2}
+
+
 def test_another_zip_archive_is_not_called_damaged(tmp_path: Path) -> None:
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w") as archive:
