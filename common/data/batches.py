@@ -28,7 +28,7 @@ class Batches(Protocol):
     """Where a run's images come from.
 
     Attributes:
-        fingerprint: identifies the images: their number and a checksum of their names.
+        fingerprint: identifies the images (`common.data.fingerprint`).
         must_stop: whether a file could not be decoded, so that the run has to stop after the step.
     """
 

@@ -34,6 +34,15 @@ class BrokenFile(Exception):  # noqa: N818 (the file is what is wrong)
     """An image file that cannot be decoded; the message names it and says why."""
 
 
+def content_of(file: Path | Entry) -> np.ndarray:
+    """The bytes of a file, on disk or in an archive, uint8 `[size]`.
+
+    Raises:
+        OSError, ValueError: if it cannot be read.
+    """
+    return np.fromfile(file, np.uint8) if isinstance(file, Path) else file.read()
+
+
 def decode(file: Path | Entry) -> Tensor:
     """Decode an image file, on disk or in an archive, to RGB.
 
@@ -49,7 +58,7 @@ def decode(file: Path | Entry) -> Tensor:
             179 million; nothing is decoded then), or pixel values of neither 8 nor 16 bits.
     """
     try:
-        content = np.fromfile(file, np.uint8) if isinstance(file, Path) else file.read()
+        content = content_of(file)
         with Image.open(io.BytesIO(content)) as source:  # reads the header only
             # torchvision's PNG decoder crashes on damaged files, its GIF decoder accepts some.
             if source.format == "JPEG" and decode_image is not None:

@@ -37,7 +37,7 @@ CIFAR = {"cifar10": ("CIFAR-10", CIFAR10), "cifar100": ("CIFAR-100", CIFAR100)}
 class ImageSet:
     """Images uint8 `[N, 3, S, S]`; labels int64 `[N]` and class names, or none.
 
-    `fingerprint` identifies the set: the number of images and a checksum of their names.
+    `fingerprint` identifies the set (`common.data.fingerprint`).
     """
 
     images: Tensor
@@ -237,7 +237,8 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
     if broken and ranks.is_main:
         names = first_of([broken[index] for index in sorted(broken)])
         print(f"Left out {len(broken)} broken files of {shown(listing.folder)}: {names}")
-    found = fingerprint(listing.names[index] for index in kept)
+    left = ([these[index] for index in kept] for these in (listing.names, listing.files))
+    found = fingerprint(*left)
     if broken:  # in place: a copy would take as much memory again
         for place, index in enumerate(kept):
             if place != index:

@@ -42,7 +42,7 @@ class PhotographSet(NamedTuple):
     photographs: Sequence[Photograph]
     labels: Sequence[int]
     class_names: tuple[str, ...]
-    fingerprint: str  # number and checksum of the relative names
+    fingerprint: str  # by `common.data.fingerprint`
     stray: str = ""  # without labels: an image that is in no class folder
     names: Sequence[str] = ()  # of files, relative to the split's folder
 
@@ -109,7 +109,7 @@ def find_photographs(
         names = [f"{dataset} {split} {seed} {index}" for index in range(len(images))]
         return PhotographSet(list(images), labels.tolist(), CLASS_NAMES, fingerprint(names))
     listing = find_split(Path(data_root), split, ranks, at_least, classes)
-    found = fingerprint(listing.names)
+    found = fingerprint(listing.names, listing.files)
     require_same_images(found, data_root, ranks)
     labelled = (listing.files, listing.labels, listing.class_names)
     return PhotographSet(*labelled, found, listing.stray, listing.names)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.data.fingerprint import is_same_set
 from common.runtime.errors import StopRequested, UserError, require
 from common.runtime.ranks import Ranks, unwrap
 from common.runtime.seeding import epoch_order, generator_for
@@ -233,6 +234,8 @@ def saved_classifier(
     if state is None:
         return None
     saved = with_newer(state["identity"], identity, defaults)
+    if "images" in identity and is_same_set(str(saved.get("images")), identity["images"]):
+        saved["images"] = identity["images"]
     if saved == identity:
         return state
     if state["epoch"] == saved.get("epochs"):

@@ -26,7 +26,7 @@ Settings = Mapping[str, Any]  # plain values by name
 
 # Settings that do not change the experiment: where and how it runs, what is logged, where it stops.
 # A run is not continued with any other setting changed. `data_root` and `classes` are paths;
-# the images that they lead to are compared by their names.
+# the images that they lead to are compared by `common.data.fingerprint`.
 MAY_CHANGE = frozenset(
     {
         "device",

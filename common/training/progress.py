@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.data.fingerprint import is_same_set
 from common.runtime.errors import UserError, require
 from common.runtime.ranks import Ranks
 
@@ -57,14 +58,14 @@ class Progress:
         """Refuse to continue with another data set.
 
         Raises:
-            UserError: if the run was started with another number of images, or with other names.
+            UserError: if the run was started with another number of images, or with other ones.
         """
         if count != self.images:
             raise UserError(
                 f"the run was started with {self.images} training images, now there are {count}; "
                 "give it the same data, or another --run-dir"
             )
-        if self.fingerprint != fingerprint:
+        if not is_same_set(self.fingerprint, fingerprint):
             raise UserError(
                 f"the run was started with other training images ({self.fingerprint}), now there "
                 f"are {fingerprint}: files were renamed or replaced; give it the same data, or "

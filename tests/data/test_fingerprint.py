@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.fingerprint import fingerprint, require_same_images
+from common.data.fingerprint import fingerprint, is_same_set, require_same_images
 from common.data.in_memory import load_images
 from common.data.photographs import find_photographs
 from common.runtime.errors import UserError
@@ -29,6 +29,27 @@ def test_number_and_checksum_of_the_names() -> None:
     others = [names[::-1], ["cat/0.png"], ["cat/0.pngdog/", "\xff.png"], ["dog/0.png", names[1]]]
     assert len({fingerprint(other) for other in [*others, names]}) == 5
     require_same_images(fingerprint(names), "somewhere", ALONE)
+
+
+def test_other_files_of_the_same_names_are_another_set(tmp_path: Path) -> None:
+    """Three are looked at. One that was broken may be restored; an older run has only the names."""
+    names = [f"{index}.png" for index in range(5)]
+    files = [tmp_path / name for name in names]
+    for path in files:
+        path.write_bytes(path.name.encode())
+    whole = fingerprint(names, files)
+    sums = [f"{zlib.crc32(names[index].encode()):08x}" for index in (0, 2, 4)]
+    assert whole == f"{fingerprint(names)}, contents {' '.join(sums)}"
+    files[1].write_bytes(b"not looked at")
+    assert fingerprint(names, files) == whole
+    files[0].write_bytes(b"restored")
+    files[4].unlink()
+    assert is_same_set(whole, fingerprint(names, files))
+    assert is_same_set(fingerprint(names), whole)
+    assert not is_same_set(fingerprint(names[1:]), whole)
+    files[2].write_bytes(b"other")
+    assert not is_same_set(whole, fingerprint(names, files))
+    assert fingerprint(["0.png"], files[:1]).count(" ") == 5
 
 
 def test_the_same_folder_elsewhere_is_the_same_set(folder: Path, tmp_path: Path) -> None:
@@ -85,7 +106,7 @@ def on_two_ranks(roots: list[Path], tmp_path: Path) -> list[str]:
             process.kill()
 
 
-@pytest.mark.parametrize("change", ["none", "one less", "renamed"])
+@pytest.mark.parametrize("change", ["none", "one less", "renamed", "other contents"])
 def test_processes_that_find_different_images_all_stop(
     change: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -97,9 +118,14 @@ def test_processes_that_find_different_images_all_stop(
         first.unlink()
     elif change == "renamed":
         first.rename(first.with_name("renamed.png"))
+    elif change == "other contents":
+        first.write_bytes(b"as in another resolution")
     said = on_two_ranks([folder, other], tmp_path)
     if change == "none":
         assert said == ["", ""]
+        return
+    if change == "other contents":
+        assert all("files of the same names and other contents" in text for text in said)
         return
     counts = (200, 199 if change == "one less" else 200)
     for text in said:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.data.shapes import CLASS_NAMES
@@ -359,6 +360,14 @@ def test_another_experiment_is_refused_and_fresh_keeps_the_old_one(
     weights = (run_dir / "last.pt").read_bytes()
     with pytest.raises(UserError, match=r"base_lr was 0.3, now 0.1; seed was 0, now 3"):
         train(folder, run_dir, **short, base_lr=0.1, seed=3)
+    other = tmp_path / "images"  # of the same names
+    shutil.copytree(folder, other)
+    for path in other.rglob("*.png"):
+        ImageOps.mirror(Image.open(path)).save(path)
+    with pytest.raises(
+        UserError, match=r"started with other training images \(200 images, checksu"
+    ):
+        train(other, run_dir, **short)
     assert (run_dir / "last.pt").read_bytes() == weights
     train(folder, run_dir, **short, base_lr=0.1, fresh=True)
     assert (tmp_path / "run.1" / "last.pt").read_bytes() == weights
