@@ -1,9 +1,11 @@
-"""What the tests of batched image functions assert again and again."""
+"""What several tests of augmentations use."""
 
 import math
 
 import torch
 from torch import Generator, Tensor
+
+from common.augment.base import Augmentation, Chain, RandomApply
 
 
 def seeded(seed: int) -> Generator:
@@ -36,3 +38,18 @@ def assert_frequency(occurred: Tensor, probability: float, what: str) -> None:
     assert abs(count - expected) <= bound, (
         f"{what}: {count} of {trials}, expected {expected:.0f} within {bound:.0f}"
     )
+
+
+def written(augmentation: Augmentation) -> object:
+    """An augmentation as its name and what it was made with."""
+    if isinstance(augmentation, Chain):
+        return [written(part) for part in augmentation.augmentations]
+    if isinstance(augmentation, RandomApply):
+        return (augmentation.probability, *map(written, augmentation.choices))
+    values = {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in vars(augmentation).items()
+        if isinstance(value, int | float | str | tuple | Tensor) and name != "columns"
+    }
+    values.pop("adjustments", None)  # ColorJitter's functions
+    return type(augmentation).__name__, values

@@ -6,7 +6,6 @@ import io
 import multiprocessing
 import os
 import resource
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
 from common.runtime import launch
@@ -66,22 +66,36 @@ def limit_files_to(size: int | None) -> None:
 
 def on_two_ranks(function: Callable[[Ranks], Any], folder: Path) -> list[Any]:
     """What a test module's function gives on each of two processes that are joined by gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_on_a_rank, (function, port, folder), nprocs=2)
+    spawn_ranks(_on_a_rank, function, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def _on_a_rank(rank: int, function: Callable[[Ranks], Any], port: int, folder: Path) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def spawn_ranks(function: Callable[..., None], *arguments: Any, count: int = 2) -> None:
+    """Call `function(rank, *arguments)` in processes that can join each other as under torchrun.
+
+    As torchrun's, the store is this process's: a port that was only free before may be taken.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        torch.multiprocessing.spawn(_with_rank, (function, *arguments), nprocs=count)
+
+
+def _with_rank(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    function(rank, *arguments)
+
+
+def _on_a_rank(rank: int, function: Callable[[Ranks], Any], folder: Path) -> None:
     ranks = launch.start("cpu")
     torch.save(function(ranks), folder / f"{rank}.pt")
     launch.finish()

@@ -77,7 +77,8 @@ def _is_written(checkpoint: Path) -> bool:
 def kill(process: subprocess.Popen[str]) -> None:
     """Kill a process and, under torchrun, its ranks, which would outlive it."""
     for victim in [*_children(process.pid), process.pid]:
-        os.kill(victim, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(victim, signal.SIGKILL)
     process.communicate()
 
 

@@ -17,7 +17,6 @@ from common.augment.base import Chain, Draws
 from common.augment.colour import ColorJitter, RandomGrey
 from common.augment.crop import RandomResizedCropFlip
 from common.augment.randaugment import RandAugment
-from common.runtime.ranks import Ranks
 from common.runtime.seeding import epoch_order, generator_for
 from common.training.picture import picture_views
 from common.views import Regime, ViewMaker, Views
@@ -123,19 +122,6 @@ def test_all_regimes_share_their_standard_views(images: Tensor) -> None:
         assert_equal(views.standard_2, baseline.standard_2, "v'")
     assert_equal(joint.heavy_1, dssl.heavy_1, "v̂")
     assert_equal(joint.heavy_2, dssl.heavy_2, "v̂'")
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_ranks_views_joined_are_those_of_one_process(world_size: int, images: Tensor) -> None:
-    """Each rank draws for the global batch, and makes the views of its share of the images."""
-    whole = make("dssl", images, draw("dssl", 0, 7, 3))
-    parts = []
-    for rank in range(world_size):
-        rows = Ranks(rank, world_size, torch.device("cpu")).share(COUNT)
-        parts.append(make("dssl", images[rows], draw("dssl", 0, 7, 3)[rows]))
-    for name in Views._fields:
-        joined = torch.cat([getattr(part, name) for part in parts])
-        assert_equal(joined, getattr(whole, name), name)
 
 
 def test_any_step_can_be_drawn_again_and_none_equals_another() -> None:

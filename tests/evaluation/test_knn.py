@@ -303,16 +303,3 @@ def test_accuracy_counts_every_image_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < right < 31
     assert accuracy == pytest.approx(100 * right / 31, rel=1e-12)
     assert torch.equal(torch.stack(seen), torch.cat([train.images, test.images]))
-
-
-@pytest.mark.parametrize("wrong", [0, 30])
-def test_the_first_and_the_last_image_count(wrong: int) -> None:
-    train = image_set([0, 1, 2], seed=0)
-    train.images[:, 0, 0] = 0
-    train.images[:, 0, 0, :3] = 200 * torch.eye(3, dtype=torch.uint8)
-    classes = [number % 3 for number in range(31)]
-    test = ImageSet(train.images[classes], torch.tensor(classes), train.class_names)
-    assert knn_accuracy(Rows(), train, test, Rows(), ALONE, nothing) == 100
-    test.labels[wrong] = (classes[wrong] + 1) % 3
-    accuracy = knn_accuracy(Rows(), train, test, Rows(), ALONE, nothing)
-    assert accuracy == pytest.approx(100 * 30 / 31, rel=1e-12)

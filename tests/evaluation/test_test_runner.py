@@ -236,6 +236,7 @@ def test_killed_and_continued_is_the_same(
     folder: Path, weights: Path, whole: Path, tmp_path: Path
 ) -> None:
     kill(start_until(command(folder, weights, tmp_path), tmp_path / "linear_last.pt"))
+    assert state(tmp_path, "linear_last.pt")["epoch"] < EPOCHS, "killed too late"
     run(command(folder, weights, tmp_path))
     ours, theirs = trained(tmp_path), trained(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

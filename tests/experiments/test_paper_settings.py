@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
+from assertions import written
 from common.augment import cifar10, imagenet
-from common.augment.base import Augmentation, Chain, RandomApply
 from common.evaluation import in_memory, test_runner
 from common.evaluation.in_memory import LinearProtocol
 
@@ -146,7 +146,7 @@ def test_linear_evaluation_on_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(in_memory, "linear_accuracy", take)
     evaluation = in_memory.Evaluation.__new__(in_memory.Evaluation)
-    evaluation.train = evaluation.test = object()
+    evaluation.train, evaluation.test = object(), object()
     evaluation.network = SimpleNamespace(backbone=nn.Linear(1, 1))
     evaluation.training = SimpleNamespace(
         progress=SimpleNamespace(steps=lambda _: 7),
@@ -158,6 +158,7 @@ def test_linear_evaluation_on_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(TakenError):
         evaluation.linear(100)
+    assert taken[1:3] == [evaluation.train, evaluation.test]
     augmentation, encode_train, encode_test, protocol = taken[3:]
     assert written(augmentation) == crop(32, (0.8, 1.0), "bicubic")
     assert encode_train == evaluation.encode
@@ -166,21 +167,6 @@ def test_linear_evaluation_on_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------- augmentations
-
-
-def written(augmentation: Augmentation) -> object:
-    """An augmentation as its name and what it was made with."""
-    if isinstance(augmentation, Chain):
-        return [written(part) for part in augmentation.augmentations]
-    if isinstance(augmentation, RandomApply):
-        return (augmentation.probability, *map(written, augmentation.choices))
-    values = {
-        name: value.tolist() if isinstance(value, Tensor) else value
-        for name, value in vars(augmentation).items()
-        if isinstance(value, int | float | str | tuple | Tensor) and name != "columns"
-    }
-    values.pop("adjustments", None)  # ColorJitter's functions
-    return type(augmentation).__name__, values
 
 
 def jitter(strength: float, hue: float) -> tuple[str, dict[str, object]]:

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.augment.cifar10 import centre_view, normalised
+from common.data.in_memory import load_images
 from common.data.shapes import CLASS_NAMES
 from common.evaluation.classifier import checksum
 from common.evaluation.in_memory import Evaluation
 from common.networks.resnet import CifarResNet
 from common.runtime.errors import UserError
+from common.runtime.ranks import Ranks
 from common.training import training
 from scripts import ROOT, assert_equal, command_line, metrics, on_two_ranks, run, run_here, state
 
@@ -66,7 +70,7 @@ def whole_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
+def test_a_run_leaves_what_it_promises(whole_run: Path, folder: Path) -> None:
     rows = metrics(whole_run)
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 3]
     assert set(rows[0]) == {"epoch", "knn"}
@@ -97,6 +101,17 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
     probe = state(whole_run, "linear_last.pt")["identity"]
     assert probe["backbone"] == checksum(backbone.state_dict())
+    data = load_images("folder", str(folder), 32, 0, False, 1, Ranks(0, 1, torch.device("cpu")))
+    with torch.no_grad():
+        features = (backbone.eval()(normalised(centre_view(part.images))) for part in data)
+        bank, queries = (rows.double() for rows in features)
+    cosine = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    votes = (cosine / 0.1).exp() @ F.one_hot(data.train.labels, 10).double()  # all 200 vote
+    linear = state(whole_run, "linear_last.pt")["classifier"]
+    scores = queries @ linear["weight"].double().T + linear["bias"].double()
+    for accuracy, found in ((rows[3]["knn"], votes), (rows[4]["linear"], scores)):
+        right = (found.argmax(1) == data.test.labels).double().mean()
+        assert accuracy == pytest.approx(100 * right.item())
     best = max(rows[1:4], key=lambda row: row["knn"])
     assert state(whole_run, "best.pt")["epoch"] == best["epoch"]
     assert not list(whole_run.glob("*.partial"))
@@ -182,7 +197,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     assert "Traceback" not in output
     assert "the same command continues" in output
     progress = state(run_dir)["progress"]
-    assert progress["epoch"] >= 1
+    assert (progress["epoch"], progress["step"]) > (1, 0), "the checkpoint from before the steps"
     train(folder, run_dir, checkpoint_minutes=60)
     assert_same_run_but_for_minutes(run_dir, whole_run)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +19,7 @@ from common.networks import batch_norm as module
 from common.networks.batch_norm import BatchNorm, convert, views_in_batch
 from common.runtime.ranks import unwrap
 from common.views import Views
+from processes import spawn_ranks
 from simsiam_cifar10.model import SimSiam
 
 torch.set_num_threads(1)
@@ -119,10 +117,8 @@ def step(model: nn.Module, mine: slice, s: float) -> dict[str, Any]:
     }
 
 
-def on_a_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    torch.set_num_threads(1)
+def on_a_rank(rank: int, world_size: int, folder: Path) -> None:
+    dist.init_process_group("gloo")
     mine = slice(rank * SHARE, (rank + 1) * SHARE)
     results: dict[str, Any] = {}
     for dtype, layout, affine, views in itertools.product(DTYPES, LAYOUTS, (True, False), VIEWS):
@@ -165,10 +161,7 @@ def on_a_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(on_a_rank, (request.param, port, folder), nprocs=request.param)
+    spawn_ranks(on_a_rank, request.param, folder, count=request.param)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

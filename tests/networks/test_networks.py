@@ -354,6 +354,10 @@ def test_simsiam_imagenet_heads_and_initialisation() -> None:
     projector = linear(512, 2048) + 2 * linear(2048, 2048) + 3 * norm(2048)
     assert count(network.projector) == projector
     assert count(network.predictor) == linear(2048, 512) + norm(512) + linear(512, 2048)
+    block = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert [type(layer) for layer in network.predictor] == [*block, nn.Linear]
+    kinds = [type(layer) for layer in network.projector]
+    assert kinds == [*block, *block, nn.Linear, nn.BatchNorm1d]
     checked = 0
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

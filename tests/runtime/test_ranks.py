@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from common.data.in_memory import ImageSet
@@ -25,6 +22,7 @@ from common.runtime.ranks import Ranks, unwrap
 from common.training.meter import Meter
 from common.training.run_folder import RunLog
 from common.views import Views
+from processes import spawn_ranks
 from simclr_cifar10.loss import pair_loss as info_nce
 from simclr_cifar10.model import SimCLR
 from simsiam_cifar10.loss import pair_loss
@@ -67,6 +65,9 @@ def make_views() -> Views:
 
 def gradients(model: nn.Module, views: Views, regime: str, s: float) -> dict[str, torch.Tensor]:
     target_network = make_target(unwrap(model))
+    with torch.no_grad():
+        for parameter in target_network.parameters():
+            parameter.mul_(1.5)  # a copy would give the targets of a method without one
 
     def target(view: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return target_network(view)[1] if s < 0 else z
@@ -117,15 +118,7 @@ def far_labels() -> torch.Tensor:
     return torch.arange(47) % 2 + 1
 
 
-def on_a_rank(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def on_a_rank(rank: int, folder: Path) -> None:
     ranks = launch.start("cpu")
     rows = ranks.share(BATCH)
     result: dict[str, object] = {"rows": (rows.start, rows.stop)}
@@ -196,10 +189,7 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(on_a_rank, (port, folder), nprocs=2)
+    spawn_ranks(on_a_rank, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
