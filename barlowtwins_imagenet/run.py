@@ -5,8 +5,8 @@
     … --regime joint                       heavy views, symmetric loss
 
 DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
-machines: docs/running.md. The same command continues a run that
-was stopped. Edit the settings below, or set any of them on the command line.
+machines: docs/running.md. The same command continues a run that was stopped. Edit the settings
+below, or set any of them on the command line.
 
 The paper's authors published no script for this column. Projector, λ, weight decay, the biases' own
 learning rate without adaptation or decay, warm-up and cosine, synchronised BatchNorm are Barlow
@@ -19,8 +19,7 @@ Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.2
 224 px (baseline and joint: two).
 
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 62.4, joint
-62.0, dssl 62.6.
-docs/measured.md says what was measured with this code.
+62.0, dssl 62.6. docs/measured.md says what was measured with this code.
 """
 
 from __future__ import annotations

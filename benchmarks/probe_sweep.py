@@ -19,9 +19,11 @@ import torch
 import tyro
 
 from common.evaluation.classifier import new_classifier
-from common.evaluation.test_runner import Config, cached_batches, fit
+from common.evaluation.feature_batches import cached_batches
+from common.evaluation.test_runner import Config, fit
 from common.runtime.memory import keep_freed_memory
 from common.runtime.ranks import Ranks
+from common.training.checkpoint import Checkpoints
 from common.training.signals import StopFlag
 from contest import Options, compare
 
@@ -43,7 +45,7 @@ def contest(
         start = new_classifier(dim, classes, config.seed)
         # A new folder each time, so that nothing is continued; progress bars are hidden.
         with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-            fit(start, batches, config, {}, Path(folder), RANKS, stop)
+            fit(start, batches, config, {}, Checkpoints(Path(folder)), RANKS, stop)
 
     def one_after_the_other() -> None:
         for base_lr in RATES:

@@ -6,8 +6,8 @@
     … --standard-randaug 0 0 --heavy-randaug 2 9 --no-heavy-crop                  table 1: dssl
 
 DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
-machines: docs/running.md. The same command continues a run that
-was stopped. Edit the settings below, or set any of them on the command line.
+machines: docs/running.md. The same command continues a run that was stopped. Edit the settings
+below, or set any of them on the command line.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
 224 px (baseline and joint: two), and two forward passes of the target network.

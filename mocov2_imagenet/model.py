@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.networks.resnet import Depth, imagenet_resnet
 from common.networks.siamese import Siamese
+from common.runtime.errors import require
 from common.runtime.ranks import Ranks, send
 
 
@@ -44,6 +45,24 @@ class MoCo(Siamese):
     def project(self, images: Tensor) -> Tensor:
         features = [self.backbone(part) for part in images.split(self.norm_batch)]
         return self.projector(torch.cat(features))
+
+
+def checked_norm_batch(norm_batch: int, batch_size: int, ranks: Ranks) -> int:
+    """How many images share BatchNorm's statistics: at most a process's share of the batch.
+
+    Raises:
+        UserError: if it would give the positive key away, or does not divide the share.
+    """
+    share = batch_size // ranks.world_size
+    used = min(norm_batch, share)
+    require(
+        2 <= used < batch_size and share % used == 0,
+        f"--norm-batch must be at least 2, less than --batch-size, and divide the {share} images "
+        f"of a process; it is {used}",
+    )
+    if used < norm_batch and ranks.is_main:
+        print(f"BatchNorm takes the {used} images of a process, not {norm_batch}.")
+    return used
 
 
 class ShuffledKeys:

@@ -5,8 +5,8 @@
     … --regime joint                       heavy views, symmetric loss
 
 DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
-machines: docs/running.md. The same command continues a run that
-was stopped. Edit the settings below, or set any of them on the command line.
+machines: docs/running.md. The same command continues a run that was stopped. Edit the settings
+below, or set any of them on the command line.
 
 The paper's authors published no script for this column. T, projector, τ, queue, EMA decay, batch,
 optimiser and cosine are MoCo v2's published settings (Chen et al., 2020), and so is the shuffled
@@ -18,8 +18,7 @@ Cost: an epoch of dssl is three forward and backward passes of ResNet-50 over 1.
 224 px and two forward passes of the key network (baseline and joint: one and one).
 
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 64.4, joint
-64.2, dssl 65.3.
-docs/measured.md says what was measured with this code.
+64.2, dssl 65.3. docs/measured.md says what was measured with this code.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ from common.training.settings import (
 from common.views import Regime, ViewMaker
 from mocov2_imagenet.augmentation import CROP_SCALE, heavy_augmentation, standard_augmentation
 from mocov2_imagenet.loss import pair_loss
-from mocov2_imagenet.model import MoCo, ShuffledKeys
+from mocov2_imagenet.model import MoCo, ShuffledKeys, checked_norm_batch
 
 
 @dataclass(frozen=True)
@@ -117,15 +116,7 @@ def main(config: Config) -> None:
         f"--queue-length must be at least --batch-size, {config.batch_size}",
     )
     run = Run("mocov2_imagenet", config, every_gpu=True)
-    share = config.batch_size // run.ranks.world_size
-    norm_batch = min(config.norm_batch, share)
-    require(
-        2 <= norm_batch < config.batch_size and share % norm_batch == 0,
-        f"--norm-batch must be at least 2, less than --batch-size, and divide the {share} images "
-        f"of a process; it is {norm_batch}",
-    )
-    if norm_batch < config.norm_batch and run.ranks.is_main:
-        print(f"BatchNorm takes the {norm_batch} images of a process, not {config.norm_batch}.")
+    norm_batch = checked_norm_batch(config.norm_batch, config.batch_size, run.ranks)
 
     # data
     source = (config.dataset, config.data_root, config.image_size, config.seed, config.batch_size)

@@ -5,8 +5,8 @@
     … --regime joint                       heavy views, symmetric loss
 
 DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
-machines: docs/running.md. The same command continues a run that
-was stopped. Edit the settings below, or set any of them on the command line.
+machines: docs/running.md. The same command continues a run that was stopped. Edit the settings
+below, or set any of them on the command line.
 
 The paper's authors published no script for this column. T, the projector's sizes, τ, the rule of
 the learning rate, weight decay, warm-up and cosine, synchronised BatchNorm are SimCLR's published
@@ -19,8 +19,7 @@ Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.2
 224 px (baseline and joint: two).
 
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 59.5, joint
-60.0, dssl 60.3.
-docs/measured.md says what was measured with this code.
+60.0, dssl 60.3. docs/measured.md says what was measured with this code.
 """
 
 from __future__ import annotations

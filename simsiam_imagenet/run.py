@@ -5,15 +5,14 @@
     … --regime joint                       heavy views, symmetric loss
 
 DIR holds train/<class>/*.jpg, or photographs without classes; `…` is the first command. Several
-machines: docs/running.md. The same command continues a run that
-was stopped. Edit the settings below, or set any of them on the command line.
+machines: docs/running.md. The same command continues a run that was stopped. Edit the settings
+below, or set any of them on the command line.
 
 Cost: an epoch of dssl is four forward and backward passes of ResNet-50 over 1.28 million images of
 224 px (baseline and joint: two).
 
 Expected, linear evaluation by test_runner.py, top-1, the paper's numbers: baseline 67.4, joint
-collapses, dssl 68.6.
-docs/measured.md says what was measured with this code.
+collapses, dssl 68.6. docs/measured.md says what was measured with this code.
 """
 
 from __future__ import annotations

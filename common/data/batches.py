@@ -103,7 +103,7 @@ class PhotographBatches:
         self.crops = crops
         self.batch_size = batch_size
         self.rows = ranks.share(batch_size)
-        self.loader = CropLoader(crops, batch_size, crops.seed, loading, ranks)
+        self.loader = CropLoader(crops, batch_size, loading, ranks)
 
     @property
     def must_stop(self) -> bool:

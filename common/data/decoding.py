@@ -103,15 +103,6 @@ def without_ends(pixels: Tensor) -> Tensor:
     return pixels[:, top : height - top, left : width - left]
 
 
-def decode_square(file: Path | Entry, size: int) -> Tensor:
-    """Decode an image file to RGB, uint8 `[3, size, size]`, as `square` makes it.
-
-    Raises:
-        BrokenFile: as `decode`.
-    """
-    return square(decode(file), size)
-
-
 def square(pixels: Tensor, size: int) -> Tensor:
     """Resize an image, uint8 `[3, H, W]`, to `[3, size, size]`.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from common.data.decoding import BrokenFile, decode_square, shown
+from common.data.decoding import BrokenFile, decode, shown, square
 from common.data.download import download
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import (
@@ -199,7 +199,7 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
 
     def read(index: int) -> None:
         try:
-            images[index] = decode_square(files[index], image_size)
+            images[index] = square(decode(files[index]), image_size)
         except BrokenFile as error:
             if not skip_broken:
                 stopped.set()

@@ -51,9 +51,6 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         pieces = [-(-count // self.at_once) for count in share]
         return [step for step, count in zip(self.steps, pieces, strict=True) for _ in range(count)]
 
-    def __len__(self) -> int:
-        return len(self.step_of_each())
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = epoch_order(self.photographs, self.seed, self.epoch)
         for step in self.steps:
@@ -85,7 +82,6 @@ class CropLoader:
     Args:
         crops: what to load.
         batch_size: global.
-        seed: of the order.
         at_once: how many photographs of a rank are loaded together; None: its whole batch.
 
     Attributes:
@@ -101,7 +97,6 @@ class CropLoader:
         self,
         crops: RandomCrops,
         batch_size: int,
-        seed: int,
         loading: Loading,
         ranks: Ranks,
         at_once: int | None = None,
@@ -109,7 +104,7 @@ class CropLoader:
         self.ranks = ranks
         self.skip_broken = loading.skip_broken
         self.must_stop = False
-        self.batches = EpochBatches(len(crops), batch_size, seed, ranks, at_once)
+        self.batches = EpochBatches(len(crops), batch_size, crops.seed, ranks, at_once)
         most = min(batch_size // ranks.world_size, at_once or batch_size)
         self.loader = load(crops, loading, ranks, most, batch_sampler=self.batches)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,21 +59,18 @@ def _read(path: Path, index: int) -> Tensor:
     return rows_first.permute(2, 0, 1)
 
 
-class Stl10Split(NamedTuple):
-    """Images, and the labels 0..9 of the first of them; the others have none."""
-
-    images: BinaryImages
-    labels: list[int]
-    class_names: tuple[str, ...]
-
-
-def find_stl10(data_root: str, image_size: int, split: str, ranks: Ranks) -> Stl10Split:
+def find_stl10(
+    data_root: str, image_size: int, split: str, ranks: Ranks
+) -> tuple[BinaryImages, list[int], tuple[str, ...]]:
     """torchvision's STL-10 under `data_root`, downloaded by rank 0 when absent.
 
     Args:
         image_size: of the views, pixels, at most 96.
         split: "pretraining" (5,000 labelled images, then 100,000 without labels), "train" (the
             5,000) or "val" (the 8,000 test images).
+
+    Returns:
+        Images, the labels 0..9 of the first of them (the others have none), and the classes' names.
 
     Raises:
         UserError: if the images are smaller than the views, or cannot be downloaded or found.
@@ -98,4 +94,4 @@ def find_stl10(data_root: str, image_size: int, split: str, ranks: Ranks) -> Stl
     if ranks.is_main:
         part = f", {len(labels)} of them" * (len(labels) < len(images))
         print(f"Found {len(images)} images{part} of {len(class_names)} classes in {folder}.")
-    return Stl10Split(images, (labels.astype(int) - 1).tolist(), class_names)
+    return images, (labels.astype(int) - 1).tolist(), class_names

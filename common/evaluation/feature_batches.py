@@ -199,7 +199,7 @@ def cropped_batches(
     loading = Loading(config.workers, skip_broken=config.skip_broken)
     # Thousands at once would fill a GPU, and a worker would need seconds for them.
     at_once = EVALUATION_BATCH
-    loader = CropLoader(crops, config.batch_size, config.seed, loading, ranks, at_once)
+    loader = CropLoader(crops, config.batch_size, loading, ranks, at_once)
     steps = steps_of(len(photographs), config, ranks)
     flip, size = RandomFlip(), (config.image_size, config.image_size)
 

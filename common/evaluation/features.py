@@ -47,14 +47,3 @@ def extract_features(
     finally:
         backbone.train(was_training)
     return torch.cat(features)
-
-
-def accuracy(predictions: Tensor, labels: Tensor, ranks: Ranks) -> float:
-    """Percent of a whole set that is predicted right, each image counted once.
-
-    Args:
-        predictions: int64, this rank's share, as `extract_features` deals it out.
-        labels: int64 `[N]`, of the whole set.
-    """
-    truth = labels[ranks.rank :: ranks.world_size].to(predictions.device)
-    return 100 * ranks.sum((predictions == truth).sum()).item() / len(labels)

@@ -139,7 +139,6 @@ def main(config: Config) -> None:
     reading = (encode, backbone.feature_dim, config.image_size)
     loading = Loading(config.workers)
     test_features, _ = centre_features(test.photographs, *reading, loading, ranks, stop)
-    train_features = bank_labels = None
     if config.cache_features or config.knn:
         loading = Loading(config.workers, skip_broken=config.skip_broken)
         train_features, used = centre_features(train.photographs, *reading, loading, ranks, stop)
@@ -151,8 +150,6 @@ def main(config: Config) -> None:
         result["knn"] = accuracy_of_features(
             test_features, test_labels, train_features, bank_labels, len(train.class_names), ranks
         )
-    if not config.cache_features:
-        train_features = None  # its memory is free while the classifier trains
 
     # ---------------------------------------------------------------- classifier
     if config.cache_features:
@@ -161,6 +158,7 @@ def main(config: Config) -> None:
         whole = [ranks.gather(rows, len(train_labels)) for rows in (train_features, bank_labels)]
         batches = cached_batches(*whole, config, ranks)
     else:
+        train_features = None  # its memory is free while the classifier trains
         batches = cropped_batches(train.photographs, train_labels, encode, config, ranks, stop)
     if config.epochs:
         classifier = new_classifier(backbone.feature_dim, len(train.class_names), config.seed)

@@ -37,25 +37,9 @@ class BatchNorm(_BatchNorm):
 
     The state dict is BatchNorm's. `num_batches_tracked` is kept there but does not change: it has
     no effect at a fixed momentum, and counting would launch a kernel per pass.
-
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: weight of a batch in the running averages.
-        affine: whether there are weight and bias.
-        synchronised: False: each process uses the statistics of its own images.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        synchronised: bool = True,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine)
-        self.synchronised = synchronised
+    synchronised = True  # False: each process uses the statistics of its own images
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions will do."""
@@ -112,7 +96,7 @@ def convert(module: nn.Module, *, synchronised: bool = True) -> nn.Module:
     The new layers share parameters and buffers with the old ones, and have their names.
 
     Args:
-        synchronised: as in `BatchNorm`.
+        synchronised: False: each process uses the statistics of its own images.
 
     Returns:
         The module; if it is itself a BatchNorm, the layer that replaces it.
@@ -123,8 +107,8 @@ def convert(module: nn.Module, *, synchronised: bool = True) -> nn.Module:
     if isinstance(module, _BatchNorm):
         if module.momentum is None or not module.track_running_stats:
             raise ValueError(f"{module}: only layers with running averages and a fixed momentum")
-        options = (module.eps, module.momentum, module.affine, synchronised)
-        layer = BatchNorm(module.num_features, *options)
+        layer = BatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        layer.synchronised = synchronised
         layer.weight, layer.bias = module.weight, module.bias
         layer.running_mean, layer.running_var = module.running_mean, module.running_var
         layer.num_batches_tracked = module.num_batches_tracked

@@ -59,19 +59,15 @@ class Backbone(NamedTuple):
     unused: list[str]
     others: list[str]
 
-    @property
-    def is_for_32_pixels(self) -> bool:
-        """Whether it is a `CifarResNet`."""
-        return self.state["conv1.weight"].shape[-1] == 3
-
     def build(self, stem_stride: int = 1) -> torch.nn.Module:
         """The network with these weights.
 
         Args:
             stem_stride: of a `CifarResNet`; weights do not tell it.
         """
-        if self.is_for_32_pixels:
-            network = CifarResNet(self.architecture, len(self.state["conv1.weight"]), stem_stride)
+        stem = self.state["conv1.weight"]
+        if stem.shape[-1] == 3:
+            network = CifarResNet(self.architecture, len(stem), stem_stride)
         else:
             network = imagenet_resnet(self.architecture)
         network.load_state_dict(self.state)

@@ -6,11 +6,10 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.runtime.errors import require
 
@@ -42,7 +41,7 @@ def require_compiler(device: torch.device) -> None:
     )
 
 
-def _options(device: torch.device) -> dict[str, bool] | None:
+def options(device: torch.device) -> dict[str, bool] | None:
     """On CUDA, kernels that do not need each other's results become one."""
     # It was counted with 2.14; 2.6 fails with it.
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
@@ -57,9 +56,4 @@ def compile_in_place(device: torch.device, *modules: nn.Module) -> None:
     """
     torch._dynamo.config.optimize_ddp = False
     for module in modules:
-        module.compile(options=_options(device))
-
-
-def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """torch.compile a function."""
-    return torch.compile(function, options=_options(device))
+        module.compile(options=options(device))

@@ -40,7 +40,6 @@ class LARC(torch.optim.Optimizer):
         momentum: in [0, 1); no dampening, no Nesterov.
         weight_decay: wd, 0 or more.
         trust_coefficient: about ‖update‖/‖p‖ at a learning rate of 1, without momentum.
-        adapts: False for plain SGD.
     """
 
     def __init__(
@@ -50,14 +49,13 @@ class LARC(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
-        adapts: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
-            "adapts": adapts,
+            "adapts": True,
         }
         super().__init__(params, defaults)
 

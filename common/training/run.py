@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +15,16 @@ from torch import Tensor, nn
 from common.data.batches import Batches
 from common.networks.batch_norm import convert
 from common.runtime import launch
-from common.runtime.compiler import compile_in_place, compiled, require_compiler
+from common.runtime.compiler import compile_in_place, options, require_compiler
 from common.runtime.errors import require
-from common.runtime.precision import Precision, autocast
+from common.runtime.precision import autocast
 from common.runtime.repository import REPOSITORY
 from common.training.checkpoint import Stateful
 from common.training.config_json import defaults_of
 from common.training.run_folder import RunLog
 from common.training.settings import check_settings
-from common.training.training import Training, TrainingConfig
-from common.views import Regime, ViewMaker
-
-
-class RunConfig(TrainingConfig, Protocol):
-    """The settings that every training script has."""
-
-    dataset: str
-    data_root: str
-    regime: Regime
-    seed: int
-    device: str
-    precision: Precision
-    run_dir: str
-    fresh: bool
+from common.training.training import RunConfig, Training
+from common.views import ViewMaker
 
 
 class Run:
@@ -97,7 +84,9 @@ class Run:
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """With `--compile` a compiled function, otherwise the function itself."""
-        return compiled(function, self.device) if self.config.compile else function
+        if not self.config.compile:
+            return function
+        return torch.compile(function, options=options(self.device))
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes, of the requested precision."""

@@ -14,7 +14,7 @@ from torch import nn
 from common.data.batches import Batch, Batches
 from common.dssl import Part
 from common.runtime.errors import StopRequested, require
-from common.runtime.precision import shared_casts
+from common.runtime.precision import Precision, shared_casts
 from common.runtime.ranks import Ranks
 from common.training.checkpoint import Stateful, restore
 from common.training.meter import Meter, require_finite
@@ -22,19 +22,27 @@ from common.training.picture import PICTURED, picture_views
 from common.training.progress import Bar, Progress
 from common.training.run_folder import RunLog
 from common.training.signals import StopFlag
-from common.views import ViewMaker
+from common.views import Regime, ViewMaker
 
 EVALUATED_UNSAVED = 60  # seconds of training that an evaluation may lose
 
 
-class TrainingConfig(Protocol):
-    """The settings that decide how many steps there are and when checkpoints are written."""
+class RunConfig(Protocol):
+    """The settings that every training script has."""
 
+    dataset: str
+    data_root: str
+    regime: Regime
     epochs: int
     batch_size: int
     max_steps: int
     checkpoint_minutes: float
+    seed: int
+    device: str
+    precision: Precision
     compile: bool
+    run_dir: str
+    fresh: bool
 
 
 class Training:
@@ -57,7 +65,7 @@ class Training:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: RunConfig,
         ranks: Ranks,
         log: RunLog,
         saved: Mapping[str, Any] | None,

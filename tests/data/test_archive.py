@@ -354,7 +354,7 @@ def test_workers_and_threads_see_the_same_pixels(folder: Path, tmp_path: Path) -
     batches = []
     for root in (packed, folder):
         crops = RandomCrops(find_split(root, "train", ALONE).files, 2, 24, (0.2, 1.0), seed=3)
-        loader = CropLoader(crops, 50, 3, Loading(2), ALONE)
+        loader = CropLoader(crops, 50, Loading(2), ALONE)
         batches.append([both for _, both, _ in loader.epoch(1, 0, 4)])
     assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
 

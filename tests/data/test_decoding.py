@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from common.data.decoding import BrokenFile, decode, decode_square
+from common.data.decoding import BrokenFile, decode, square
 from pillow_reference import pictures, to_pillow
 
 
@@ -200,7 +200,7 @@ def test_other_sizes_are_resized_and_cut_as_by_torchvision(
     path = put(tmp_path / "picture.png", image)
     bicubic = transforms.InterpolationMode.BICUBIC
     expected = transforms.CenterCrop(32)(transforms.Resize(32, bicubic)(image))
-    result = decode_square(path, 32)
+    result = square(decode(path), 32)
     assert numpy.array_equal(rows(result), numpy.array(expected))
 
 
@@ -230,7 +230,7 @@ def test_all_modes_become_rgb(tmp_path: Path) -> None:
         "bits.png": 255 * (greys >= 100).to(torch.uint8),
     }
     for name, pixels in expected.items():
-        assert numpy.array_equal(rows(decode_square(tmp_path / name, 16)), pixels.numpy()), name
+        assert numpy.array_equal(rows(square(decode(tmp_path / name), 16)), pixels.numpy()), name
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_16_bits_are_scaled_to_8(name: str, kind: str, mode: str, tmp_path: Path
         path = put(tmp_path / name, Image.fromarray(deep))
         with Image.open(path) as image:
             assert image.mode == mode
-        for channel in decode_square(path, 16).numpy():
+        for channel in square(decode(path), 16).numpy():
             assert numpy.array_equal(channel, levels)
 
 
@@ -265,7 +265,7 @@ def test_palette_with_transparency(transparency: bytes | int, tmp_path: Path) ->
     with Image.open(path) as image:
         assert (image.mode, image.info["transparency"]) == ("P", transparency)
     expected = numpy.stack([255 - levels, levels, numpy.full_like(levels, 7)], axis=2)
-    assert numpy.array_equal(rows(decode_square(path, 16)), expected)
+    assert numpy.array_equal(rows(square(decode(path), 16)), expected)
 
 
 def test_cmyk_jpeg(tmp_path: Path) -> None:
@@ -274,4 +274,4 @@ def test_cmyk_jpeg(tmp_path: Path) -> None:
     flat = Image.fromarray(numpy.broadcast_to(inks, (16, 16, 4)).copy(), "CMYK")
     path = put(tmp_path / "inks.jpg", flat, quality=100)
     expected = (255 - inks[:3].astype(float)) * (255 - 50) / 255
-    assert numpy.abs(rows(decode_square(path, 16)) - expected).max() <= 3
+    assert numpy.abs(rows(square(decode(path), 16)) - expected).max() <= 3

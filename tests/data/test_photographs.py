@@ -54,7 +54,7 @@ def two_crops(images: list, **options) -> RandomCrops:
 def batches(
     crops: RandomCrops, workers: int = 0, ranks: Ranks = ALONE, first_step: int = 0, epoch: int = 1
 ) -> list[tuple[int, Tensor, Tensor]]:
-    loader = CropLoader(crops, 4, 3, Loading(workers), ranks)
+    loader = CropLoader(crops, 4, Loading(workers), ranks)
     steps = loader.epoch(epoch, first_step, len(crops) // 4)
     return [(step, first, second) for step, (first, second), _ in steps]
 
@@ -134,7 +134,7 @@ def test_the_next_file_takes_the_place_of_a_broken_one(
     image = by_pillow(files[3], 0, 2, 0)  # the next file, by the draws of the broken one
     assert numpy.abs(item.crops[0].permute(1, 2, 0).numpy().astype(int) - image).max() <= 1
 
-    loader = CropLoader(crops, 11, 3, Loading(workers, skip_broken=skip_broken), ALONE)
+    loader = CropLoader(crops, 11, Loading(workers, skip_broken=skip_broken), ALONE)
     (((first, _), indices),) = [loaded for _, *loaded in loader.epoch(0, 0, 1)]
     place = epoch_order(11, 3, 0).tolist().index(2)
     assert indices[place] == 3
@@ -173,7 +173,7 @@ def test_a_disk_that_goes_away_stops_the_run_after_the_step(
 ) -> None:
     """The batch before lets all ranks finish the step, which then has its checkpoint."""
     loading = Loading(0, skip_broken=skip_broken)
-    loader = CropLoader(two_crops(files), 4, 3, loading, ALONE, at_once)
+    loader = CropLoader(two_crops(files), 4, loading, ALONE, at_once)
     steps = loader.epoch(1, 0, 2)
     _, before, _ = next(steps)
     assert not loader.must_stop
@@ -258,7 +258,7 @@ def test_a_last_smaller_batch_is_shared_too(files: list[Path]) -> None:
     order = epoch_order(11, 3, 0).tolist()
     found = []
     for rank in range(2):
-        loader = CropLoader(crops, 4, 3, Loading(0), Ranks(rank, 2, ALONE.device))
+        loader = CropLoader(crops, 4, Loading(0), Ranks(rank, 2, ALONE.device))
         found.append([indices.tolist() for _, _, indices in loader.epoch(0, 0, 3)])
     assert found[0] == [order[0:2], order[4:6], order[8:9]]
     assert found[1] == [order[2:4], order[6:8], order[9:10]]

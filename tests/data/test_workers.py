@@ -37,7 +37,7 @@ from common.training.signals import StopFlag
 ranks = Ranks(0, 1, torch.device("cpu"))
 stop = StopFlag(ranks)
 images = [torch.zeros(3, 40, 40, dtype=torch.uint8)] * 400
-loader = CropLoader(RandomCrops(images, 2, 32, (0.2, 1.0), 0), 4, 0, Loading(2), ranks)
+loader = CropLoader(RandomCrops(images, 2, 32, (0.2, 1.0), 0), 4, Loading(2), ranks)
 for step, _, _ in loader.epoch(1, 0, 100):
     workers = [worker.pid for worker in loader.loader._iterator._workers]
     if step == 3:
@@ -218,14 +218,14 @@ def test_shared_memory_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPat
 def test_too_little_room_is_told_before_training() -> None:
     crops = RandomCrops([torch.zeros(3, 40, 40, dtype=torch.uint8)] * 8, 2, 32, (0.2, 1.0), 0)
     with pytest.raises(UserError, match=r"^1000 loader processes a rank, .* use --workers \d"):
-        CropLoader(crops, 4, 0, Loading(1000, prefetch=10**6), ALONE)
+        CropLoader(crops, 4, Loading(1000, prefetch=10**6), ALONE)
 
 
 def test_batches_of_workers_are_shared_memory() -> None:
     images = [torch.full((3, 40, 40), index, dtype=torch.uint8) for index in range(8)]
     crops = RandomCrops(images, 2, 32, (0.2, 1.0), 0)
     for count in (0, 1):
-        loader = CropLoader(crops, 4, 0, Loading(count), ALONE)
+        loader = CropLoader(crops, 4, Loading(count), ALONE)
         loader.batches.steps = range(2)
         batches = list(loader.loader)
         assert [loaded.crops.is_shared() for loaded in batches] == [bool(count)] * 2

@@ -167,7 +167,7 @@ def test_training_is_larc_by_hand(folder: Path, weights: Path, whole: Path) -> N
     crops = RandomCrops(files, 1, SIZE, (0.08, 1.0), 0)
 
     def views(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        loader = CropLoader(crops, BATCH, 0, Loading(0), ALONE)
+        loader = CropLoader(crops, BATCH, Loading(0), ALONE)
         for step, (images,), indices in loader.epoch(epoch, 0, 3):
             generator = generator_for("linear", 0, epoch, step)
             draws = RandomFlip().draw(len(images), (SIZE, SIZE), generator)

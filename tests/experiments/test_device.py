@@ -101,7 +101,9 @@ def test_a_run_keeps_to_its_device(
     with OneDevice():
         run.main(run.Config(**settings, run_dir=str(tmp_path)))
     # Once a step Meter._read; the others between epochs.
-    evaluation = {"accuracy_of_features", "accuracy"} if is_cifar else {"accuracy_of_features"}
+    evaluation = (
+        {"accuracy_of_features", "linear_accuracy"} if is_cifar else {"accuracy_of_features"}
+    )
     assert readers == {"_read", "require_finite", "agree", *evaluation}
 
 

@@ -23,7 +23,7 @@ from common.runtime.ranks import Ranks, unwrap
 from common.runtime.seeding import generator_for
 from common.views import Regime, ViewMaker, Views
 from mocov2_imagenet.loss import pair_loss
-from mocov2_imagenet.model import MoCo, ShuffledKeys
+from mocov2_imagenet.model import MoCo, ShuffledKeys, checked_norm_batch
 from processes import on_two_ranks
 from scripts import state
 
@@ -216,6 +216,14 @@ def test_two_ranks_make_the_keys_and_the_gradients_of_one_process(tmp_path: Path
             torch.testing.assert_close(
                 ranks[0]["grad"][name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=name
             )
+
+
+def test_groups_are_at_most_a_process_s_share(capsys: pytest.CaptureFixture[str]) -> None:
+    for processes, used in ((4, 32), (8, 32), (16, 16)):
+        ranks = Ranks(0, processes, torch.device("cpu"))
+        assert checked_norm_batch(32, 256, ranks) == used
+        told = "BatchNorm takes the 16 images of a process, not 32.\n" * (used == 16)
+        assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize(
