@@ -10,9 +10,8 @@ below, or set any of them on the command line.
 
 The paper's authors published no script for this column. T, projector, τ, queue, EMA decay, batch,
 optimiser and cosine are MoCo v2's published settings (Chen et al., 2020), and so is the shuffled
-BatchNorm of 32 images; here its groups of 32 are the same on one GPU as on eight. This project
-chose: 100 epochs, learning rates constant within an epoch, the heavy view as in simsiam_imagenet,
-and the asymmetric loss in loss.py.
+BatchNorm of 32 images, here on one GPU as on eight. This project chose: 100 epochs, learning rates
+constant within an epoch, the heavy view as in simsiam_imagenet, the asymmetric loss in loss.py.
 
 Cost: an epoch of dssl is three forward and backward passes of ResNet-50 over 1.28 million images of
 224 px and two forward passes of the key network (baseline and joint: one and one).
