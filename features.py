@@ -77,9 +77,11 @@ def main(config: Config) -> None:
     output = Path(config.output)
     require_free(output)
 
-    told = {"image_size": config.image_size, "tell": ranks.is_main}
     backbone = load_backbone(
-        Path(config.pretrained), stem_stride=config.stem_stride or None, **told
+        Path(config.pretrained),
+        stem_stride=config.stem_stride or None,
+        image_size=config.image_size,
+        tell=ranks.is_main,
     )
     require_same_weights(backbone, Path(config.pretrained), ranks)
     backbone = backbone.to(ranks.device, memory_format=torch.channels_last).eval()

@@ -240,10 +240,6 @@ class Campaign:
                     working[process] = run
                     print(f"{time.strftime('%H:%M')} started  {run.name}", flush=True)
                 if stop.requested:
-                    for process in working:
-                        process.terminate()  # it stops after the current step, with a checkpoint
-                    for process in working:
-                        process.wait()
                     raise StopRequested(stop.exit_status)
                 time.sleep(1)
                 for process in [process for process in working if process.poll() is not None]:
@@ -255,7 +251,9 @@ class Campaign:
                     print(f"{time.strftime('%H:%M')} {end}", flush=True)
         finally:  # after an error too: no run goes on unattended
             for process in working:
-                process.terminate()
+                process.terminate()  # it stops after the current step, with a checkpoint
+            for process in working:
+                process.wait()
         if failed:
             names = ", ".join(failed)
             raise UserError(f"{len(failed)} runs failed ({names}); type the same command again")

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from common.data.decoding import BrokenFile, decode, shown, square
-from common.data.download import download
+from common.data.download import download, read_everywhere
 from common.data.fingerprint import fingerprint, require_same_images
 from common.data.listing import (
     Listing,
@@ -118,16 +118,12 @@ def load_cifar(dataset: Dataset, data_root: str, image_size: int, ranks: Ranks) 
     if image_size != 32:
         raise UserError(f"{name} has 32-px images, not {image_size}; use another --dataset")
     download(reader, name, data_root, ranks)
-    sets, sources, failure = [], [], None
-    try:
-        sources = [reader(data_root, train=is_train) for is_train in (True, False)]
-    except (OSError, RuntimeError) as error:  # on another machine than the first
-        failure = error
-    if ranks.any(failure is not None):
-        raise UserError(
-            f"not every process finds {name} in {data_root}; give every machine the same files"
-        ) from failure
-    for source in sources:
+    sets = []
+
+    def read() -> list[CIFAR10]:
+        return [reader(data_root, train=is_train) for is_train in (True, False)]
+
+    for source in read_everywhere(read, name, data_root, ranks):
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         found = fingerprint(f"{label} {index}" for index, label in enumerate(source.targets))
         labels = torch.tensor(source.targets)
@@ -237,8 +233,7 @@ def _decode(listing: Listing, image_size: int, skip_broken: bool, ranks: Ranks) 
     if broken and ranks.is_main:
         names = first_of([broken[index] for index in sorted(broken)])
         print(f"Left out {len(broken)} broken files of {shown(listing.folder)}: {names}")
-    left = ([these[index] for index in kept] for these in (listing.names, listing.files))
-    found = fingerprint(*left)
+    found = fingerprint([listing.names[index] for index in kept], [files[index] for index in kept])
     if broken:  # in place: a copy would take as much memory again
         for place, index in enumerate(kept):
             if place != index:

@@ -126,7 +126,11 @@ class CropLoader:
         try:
             for step, batch in zip(self.batches.step_of_each(), self.loader, strict=True):
                 skipped += batch.broken
-                problem = _problem(batch, self.skip_broken)
+                problem = batch.problem(
+                    self.skip_broken,
+                    "the run stops here, and in this step the next file takes its place. Restore "
+                    "the file, or continue with --skip-broken",
+                )
                 if batch.error:
                     # The disk may be gone: images of before let all ranks finish the step.
                     count = len(batch.indices)
@@ -145,21 +149,6 @@ class CropLoader:
         finally:  # also where the run stops within the epoch
             if self.skip_broken:
                 tell_skipped(skipped, self.ranks)
-
-
-def _problem(loaded: Loaded, skip_broken: bool) -> str:
-    """Why a run stops after a step; empty: it does not."""
-    if loaded.error:
-        return (
-            f"{loaded.error}; the run stops here. If the disk was gone, the same command continues "
-            "when it is back"
-        )
-    if loaded.broken and not skip_broken:
-        return (
-            f"{loaded.broken[0]}; the run stops here, and in this step the next file takes its "
-            "place. Restore the file, or continue with --skip-broken"
-        )
-    return ""
 
 
 def tell_skipped(messages: Sequence[str], ranks: Ranks) -> None:

@@ -63,6 +63,16 @@ class Loaded(NamedTuple):
     broken: list[str]
     error: str  # why `crops` is empty
 
+    def problem(self, skip_broken: bool, remedy: str) -> str:
+        """Why work cannot go on after this batch; empty: it can.
+
+        Args:
+            remedy: what a user can do about a broken file.
+        """
+        if self.error or skip_broken or not self.broken:
+            return self.error
+        return f"{self.broken[0]}; {remedy}"
+
 
 def find_photographs(
     dataset: Dataset,
@@ -266,7 +276,10 @@ def stack(items: list[Item]) -> Loaded:
     broken = [message for item in items for message in item.broken]
     for item in items:
         if not item.crops:
-            error = f"{len(item.broken)} photographs in a row cannot be decoded: {item.broken[0]}"
+            error = (
+                f"{len(item.broken)} photographs in a row cannot be decoded: {item.broken[0]}; if "
+                "the disk was gone, the same command continues when it is back"
+            )
             return Loaded(torch.empty(0), indices, broken, error)
     crops = [item.crops[k].permute(1, 2, 0) for k in range(len(items[0].crops)) for item in items]
     memory = torch.empty(len(crops), *crops[0].shape, dtype=torch.uint8)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.datasets import STL10
 
 from common.data.decoding import BrokenFile
-from common.data.download import download
-from common.runtime.errors import UserError, require
+from common.data.download import download, read_everywhere
+from common.runtime.errors import require
 from common.runtime.ranks import Ranks
 
 SIDE = 96  # pixels
@@ -83,14 +83,13 @@ def find_stl10(
     download(STL10, "STL-10", data_root, ranks)
     folder = Path(data_root, STL10.base_folder)
     files = FILES[split]
-    try:
+
+    def read() -> tuple[BinaryImages, np.ndarray, tuple[str, ...]]:
         images = BinaryImages([folder / f"{name}_X.bin" for name in files])
         labels = np.fromfile(folder / f"{files[0]}_y.bin", np.uint8)
-        class_names = tuple((folder / STL10.class_names_file).read_text().splitlines())
-    except OSError as error:  # another machine's
-        raise UserError(
-            f"STL-10 is incomplete in {folder} ({error}); give every machine the same files"
-        ) from error
+        return images, labels, tuple((folder / STL10.class_names_file).read_text().splitlines())
+
+    images, labels, class_names = read_everywhere(read, "STL-10", folder, ranks)
     if ranks.is_main:
         part = f", {len(labels)} of them" * (len(labels) < len(images))
         print(f"Found {len(images)} images{part} of {len(class_names)} classes in {folder}.")

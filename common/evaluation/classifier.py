@@ -129,8 +129,8 @@ def train_classifier(
     """Train by cross-entropy, from its own last checkpoint where there is one.
 
     Checkpoints are written after each epoch, in a long one every ten minutes, and when a signal
-    comes. Of several classifiers one
-    that diverges leaves the others as they are, and shows in `Classifiers.diverged`.
+    comes. Of several classifiers one that diverges leaves the others as they are, and shows in
+    `Classifiers.diverged`.
 
     Args:
         model: the classifier or `Classifiers`, in DDP under several processes.

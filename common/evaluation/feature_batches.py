@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.augment.base import Draws
 from common.augment.crop import RandomFlip
 from common.data.loader import CropLoader, Loading, load, tell_skipped
-from common.data.photographs import CentreCrops, Loaded, Photograph, RandomCrops
+from common.data.photographs import CentreCrops, Photograph, RandomCrops
 from common.data.workers import WorkerLoader
 from common.evaluation.accuracy import EVALUATION_BATCH
 from common.evaluation.classifier import Batches, batches_of_epoch
@@ -133,9 +133,13 @@ def feature_batches(
     loader = _loader(views, loading, ranks)
     bar = tqdm(loader, "features", disable=not ranks.is_main, leave=False)
     batches = iter(bar)
+    remedy = (
+        "restore the file or remove it, or if it is a training image, repeat the command with "
+        "--skip-broken"
+    )
     for _ in range(-(-len(views) // (EVALUATION_BATCH * ranks.world_size))):
         loaded = next(batches, None)
-        problem = "" if loaded is None else _problem(loaded, loading)
+        problem = "" if loaded is None else loaded.problem(loading.skip_broken, remedy)
         if ranks.any(stop.requested or problem != ""):
             if ranks.any(problem != ""):  # on every rank: none waits for one that has ended
                 raise UserError(problem or "another process met a file that cannot be decoded")
@@ -148,18 +152,6 @@ def feature_batches(
             features = encode(loaded.crops[0].to(ranks.device, non_blocking=True))
             yield FeatureBatch(features, loaded.indices, loaded.broken)
     bar.close()
-
-
-def _problem(loaded: Loaded, loading: Loading) -> str:
-    """Why a batch is not used; empty: it is."""
-    if loaded.error:
-        return loaded.error
-    if loaded.broken and not loading.skip_broken:
-        return (
-            f"{loaded.broken[0]}; restore the file or remove it, or if it is a training image, "
-            "repeat the command with --skip-broken"
-        )
-    return ""
 
 
 def require_room(

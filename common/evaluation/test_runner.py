@@ -92,8 +92,9 @@ def main(config: Config) -> None:
     device = ranks.device
     ranks.share(config.batch_size)
     source = Path(config.pretrained)
-    own = {"image_size": config.image_size, "tell": ranks.is_main}
-    backbone = load_backbone(source, config.backbone, **own)
+    backbone = load_backbone(
+        source, config.backbone, image_size=config.image_size, tell=ranks.is_main
+    )
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     weights = require_same_weights(backbone, source, ranks)
@@ -127,8 +128,7 @@ def main(config: Config) -> None:
         folder, f"{kind}_last.pt", f"{kind}_previous.pt", "remove these to train a new one"
     )
     if config.epochs:  # asked before hours of extracting features
-        defaults = defaults_of(config)
-        saved_classifier(checkpoints, identity, defaults, ranks, of_any_backbone=True)
+        saved_classifier(checkpoints, identity, defaults_of(config), ranks, of_any_backbone=True)
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ def shared_casts(device: torch.device) -> AbstractContextManager[object]:
 
     Autocast keeps the bf16 copy of a weight that gets a gradient until its outermost context ends.
     Without this one, each forward pass would cast every weight again, as those of target networks
-    do. Enter it once a step: after a change of the
-    weights the copies are out of date. Arithmetic outside `autocast` stays in fp32.
+    do. Enter it once a step: after a change of the weights the copies are out of date. Arithmetic
+    outside `autocast` stays in fp32.
 
     The gradients of two passes in one backward pass are then added in bf16. It is for CUDA alone,
     where each cast is a kernel to launch; elsewhere it does nothing.

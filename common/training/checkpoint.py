@@ -79,11 +79,6 @@ def _read(path: Path, *, with_objects: bool = False) -> object:
             raise UserError(f"{path} is not a regular file, so it cannot be a checkpoint")
         with path.open("rb") as file:
             is_old_format = file.read(len(OLD_FORMAT)) == OLD_FORMAT
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _MissingError(f"{path}: no such checkpoint") from error
-    except OSError as error:
-        raise _UnreadableError(f"{path} cannot be read ({error.strerror})") from error
-    try:
         if not is_old_format:
             _verify_checksums(path)
         if with_objects and not is_old_format:
@@ -93,6 +88,8 @@ def _read(path: Path, *, with_objects: bool = False) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _MissingError(f"{path}: no such checkpoint") from error
     except Exception as error:  # a damaged pickle can raise anything
         if is_out_of_memory(error):
             raise

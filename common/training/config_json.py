@@ -25,8 +25,8 @@ from common.training.lock import NAME as LOCK_NAME
 Settings = Mapping[str, Any]  # plain values by name
 
 # Settings that do not change the experiment: where and how it runs, what is logged, where it stops.
-# A run is not continued with any other setting changed. `data_root` and `classes` are paths;
-# the images that they lead to are compared by `common.data.fingerprint`.
+# A run is not continued with any other setting changed. `data_root` and `classes` are paths; the
+# images that they lead to are compared by `common.data.fingerprint`.
 MAY_CHANGE = frozenset(
     {
         "device",
@@ -229,17 +229,17 @@ def write_config(
         },
     }
     starts = [*(earlier["starts"] if earlier else []), start]
-    before, now = (starts[-2].get("precision") if len(starts) > 1 else None), start["precision"]
-    if continues and before not in (None, now):
+    before = {**start, **starts[-2]} if continues and len(starts) > 1 else start
+    if before["precision"] != start["precision"]:
         warnings.append(
-            f"the run was in {before} until now and continues in {now}, because --precision auto "
-            "follows the hardware"
+            f"the run was in {before['precision']} until now and continues in "
+            f"{start['precision']}, because --precision auto follows the hardware"
         )
-    processes = starts[-2].get("processes") if len(starts) > 1 else None
-    if continues and ranks.device.type == "cpu" and processes not in (None, ranks.world_size):
+    if ranks.device.type == "cpu" and before["processes"] != start["processes"]:
         warnings.append(
-            f"the run had {processes} processes until now and continues with {ranks.world_size}: "
-            "on CPUs BatchNorm normalises each process's images by themselves"
+            f"the run had {before['processes']} processes until now and continues with "
+            f"{start['processes']}: on CPUs BatchNorm normalises each process's images by "
+            "themselves"
         )
     text = json.dumps({"config": dict(config), "starts": starts}, indent=2)
     write_whole(path, (text + "\n").encode())

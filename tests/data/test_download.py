@@ -79,5 +79,5 @@ def test_a_machine_without_the_files_is_told_on_every_rank(
 ) -> None:
     """Only the first rank downloads."""
     monkeypatch.setattr(in_memory, "download", lambda *arguments: None)
-    with pytest.raises(UserError, match=r"^not every process finds CIFAR-10 in .*; give every mac"):
+    with pytest.raises(UserError, match=r"^CIFAR-10 is incomplete in .* \(.*\); give every mac"):
         load_cifar("cifar10", str(tmp_path), 32, ALONE)
